@@ -1,0 +1,471 @@
+"""Tables 1 and 2: every fast operation beside its definition, written as loops in float64.
+
+The definitions here use numpy and a tent function, so they share nothing with the code under test:
+a bilinear sample is sum over ALL pixels of tent(row - i) * tent(col - j) * x[i, j], tent(d) = max(0, 1 - |d|),
+which is zero outside without any case distinction.
+"""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import ops
+
+EVERY = [pytest.param(table[name], inputs, name, id=name)
+         for table, inputs in ((ops.OPERATIONS, 1), (ops.AGGREGATIONS, 2)) for name in table]
+DOUBLE = dict(dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual.detach(), torch.as_tensor(expected), rtol=tolerance, atol=tolerance)
+
+
+def off_integer(*shape, spread=2):
+    """Random numbers at least 0.2 from every integer, where bilinear sampling has no kink: for gradcheck."""
+    return torch.randint(-spread, spread, shape) + 0.2 + 0.6 * torch.rand(shape, **DOUBLE)
+
+
+def strided(x):
+    """The same values, not contiguous."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def randomise(module):
+    """Batch norms as after training (also negative scales); offsets and thetas away from where they start."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, std=0.3)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias)
+        if isinstance(m, ops.Deformable):
+            nn.init.normal_(m.offset_mask.weight, std=0.1)
+            nn.init.normal_(m.offset_mask.bias, std=0.5)
+        if isinstance(m, ops.Affine):
+            nn.init.normal_(m.theta.weight, std=0.2)
+    return module.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The definitions
+
+def tent(distance):
+    return np.maximum(0, 1 - np.abs(distance))
+
+
+def naive_sample(plane, row, col):
+    """(..., H, W) at one position -> (...)."""
+    height, width = plane.shape[-2:]
+    return tent(row - np.arange(height)) @ plane @ tent(col - np.arange(width))
+
+
+def naive_deform(input, offset, weight, bias, stride, padding, dilation, mask):
+    """Deformable convolution as in the papers, one multiplication at a time."""
+    x, offset, weight = (t.detach().numpy() for t in (input, offset, weight))
+    (B, cin, _, _), (cout, cin_group, kh, kw) = x.shape, weight.shape
+    Ho, Wo = offset.shape[2:]
+    G = offset.shape[1] // (2 * kh * kw)
+    out = np.zeros((B, cout, Ho, Wo))
+    for b, o, r, s, c, i, j in itertools.product(*map(range, (B, cout, Ho, Wo, cin_group, kh, kw))):
+        channel = o // (cout // (cin // cin_group)) * cin_group + c       # weight group of o, then c within it
+        group, tap = channel // (cin // G), i * kw + j
+        dy, dx = offset[b, group * 2 * kh * kw + 2 * tap:, r, s][:2]
+        sample = naive_sample(x[b, channel], r * stride[0] - padding[0] + i * dilation[0] + dy,
+                              s * stride[1] - padding[1] + j * dilation[1] + dx)
+        m = 1 if mask is None else mask[b, group * kh * kw + tap, r, s].item()
+        out[b, o, r, s] += weight[o, c, i, j] * m * sample
+    return out if bias is None else out + bias.detach().numpy()[:, None, None]
+
+
+def naive_conv(x, weight, rate=1, bias=None):
+    """Same-size convolution, zeros outside. A weight (C, 1, k, k) on C > 1 channels is depthwise."""
+    B, C, H, W = x.shape
+    weight = weight.detach().numpy()
+    half, out = weight.shape[-1] // 2, np.zeros((B, len(weight), H, W))
+    for r, s, i, j in itertools.product(range(H), range(W), range(2 * half + 1), range(2 * half + 1)):
+        row, col = r + (i - half) * rate, s + (j - half) * rate
+        if 0 <= row < H and 0 <= col < W:
+            w = weight[:, :, i, j]
+            out[:, :, r, s] += x[:, :, row, col] * w[:, 0] if w.shape[1] != C else x[:, :, row, col] @ w.T
+    return out if bias is None else out + bias.detach().numpy()[:, None, None]
+
+
+def bn_relu(module, x):
+    """In eval mode, by the one batch norm that the module has."""
+    bn, = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+    mean, var, scale, shift = (t.detach().numpy()[:, None, None]
+                               for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return np.maximum(0, (x - mean) / np.sqrt(var + bn.eps) * scale + shift)
+
+
+def naive_resize(x, height, width):
+    """Bilinear between pixel centres (align_corners=False), border repeated: as a matrix for each axis."""
+    def matrix(new, old):
+        source = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        return tent(source[:, None] - np.arange(old))
+    return matrix(height, x.shape[-2]) @ x @ matrix(width, x.shape[-1]).T
+
+
+def kernels(module):
+    return [p for p in module.parameters() if p.dim() == 4]
+
+
+def expect_convolution(rate):
+    def expected(module, x):
+        for weight in sorted(kernels(module), key=lambda w: -w.shape[-1]):    # one, or depthwise then pointwise
+            x = naive_conv(x, weight, rate if weight.shape[-1] > 1 else 1)
+        return bn_relu(module, x)
+    return expected
+
+
+def expect_deform(module, x):
+    maps = torch.tensor(naive_conv(x, module.offset_mask.weight, bias=module.offset_mask.bias))    # (B, 27, H, W)
+    out = naive_deform(torch.tensor(x), maps[:, :18], module.weight, None, (1, 1), (1, 1), (1, 1), maps[:, 18:].sigmoid())
+    return bn_relu(module, out)
+
+
+def expect_conv3d(module, x, y):
+    weight, = kernels(module)                                             # (C, 2C, 3, 3): first x's part, then y's
+    channels = len(weight)
+    conv = nn.Conv3d(channels, channels, (2, 3, 3), padding=(0, 1, 1), bias=False, **DOUBLE)
+    with torch.no_grad():
+        conv.weight[:, :, 0], conv.weight[:, :, 1] = weight[:, :channels], weight[:, channels:]
+        out = conv(torch.stack((torch.tensor(x), torch.tensor(y)), dim=2)).squeeze(2)
+    return bn_relu(module, out.numpy())
+
+
+def expect_attention(module, x, y):
+    a = 1 / (1 + np.exp(-naive_conv(np.concatenate((x, y), 1), module.gate.weight, bias=module.gate.bias)))
+    return a * x + (1 - a) * y
+
+
+def expect_predictive(module, x, y):
+    filters = np.exp(naive_conv(x, module.filters.weight, bias=module.filters.bias))
+    filters /= filters.sum(1, keepdims=True)
+    B, C, H, W = y.shape
+    out = np.zeros(y.shape)
+    for b, r, s, i, j in itertools.product(*map(range, (B, H, W, 3, 3))):
+        if 0 <= r + i - 1 < H and 0 <= s + j - 1 < W:
+            out[b, :, r, s] += filters[b, 3 * i + j, r, s] * y[b, :, r + i - 1, s + j - 1]
+    return out
+
+
+def expect_affine(module, x, y):
+    (B, C, H, W), out = x.shape, y.copy()
+    weight, bias = module.theta.weight.detach().numpy(), module.theta.bias.detach().numpy()
+    for b, r, s in itertools.product(range(B), range(H), range(W)):
+        theta = (weight @ np.concatenate((x[b].mean((1, 2)), y[b].mean((1, 2)))) + bias).reshape(2, 3)
+        u, v = theta @ [(2 * s + 1) / W - 1, (2 * r + 1) / H - 1, 1]      # in [-1, 1] over the image, x first
+        out[b, :, r, s] += naive_sample(x[b], ((v + 1) * H - 1) / 2, ((u + 1) * W - 1) / 2)
+    return out
+
+
+OPERATIONS = {                                                            # PAPER: Table 1, in this order
+    "conv1x1": expect_convolution(1),
+    "conv3x3": expect_convolution(1),
+    "sep3x3": expect_convolution(1),
+    "sep5x5": expect_convolution(1),
+    "gap": lambda m, x: bn_relu(m, naive_conv(x.mean((2, 3), keepdims=True), *kernels(m))) + np.zeros(x.shape),
+    "conv3x3_r3": expect_convolution(3),
+    "conv3x3_r12": expect_convolution(12),
+    "sep3x3_r3": expect_convolution(3),
+    "sep5x5_r6": expect_convolution(6),
+    "skip": lambda m, x: x,
+    "zero": lambda m, x: 0 * x,
+    "deform3x3": expect_deform,
+}
+AGGREGATIONS = {                                                          # Table 2
+    "sum": lambda m, x, y: x + y,
+    "concat": lambda m, x, y: bn_relu(m, naive_conv(np.concatenate((x, y), 1), *kernels(m))),
+    "conv3d": expect_conv3d,
+    "attention": expect_attention,
+    "predictive": expect_predictive,
+    "affine": expect_affine,
+}
+PARAMETERS = {                                                            # by hand, at 64 channels; BN has 128
+    "conv1x1": 64 * 64 + 128, "conv3x3": 9 * 64 * 64 + 128, "sep3x3": 9 * 64 + 64 * 64 + 128,
+    "sep5x5": 25 * 64 + 64 * 64 + 128, "gap": 64 * 64 + 128, "conv3x3_r3": 9 * 64 * 64 + 128,
+    "conv3x3_r12": 9 * 64 * 64 + 128, "sep3x3_r3": 9 * 64 + 64 * 64 + 128, "sep5x5_r6": 25 * 64 + 64 * 64 + 128,
+    "skip": 0, "zero": 0, "deform3x3": (9 * 64 * 27 + 27) + 9 * 64 * 64 + 128,
+    "sum": 0, "concat": 128 * 64 + 128, "conv3d": 2 * 9 * 64 * 64 + 128, "attention": 9 * 128 * 64 + 64,
+    "predictive": 9 * 64 * 9 + 9, "affine": 128 * 6 + 6,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sample_bilinear
+
+@pytest.mark.parametrize("height, width", [(4, 7), (5, 2), (1, 6), (6, 1), (1, 1)])
+def test_sample_bilinear(height, width):
+    x = torch.randn(2, 3, height, width, **DOUBLE)
+    # In, on the first and last pixel, between the border and zero, one pixel out, far out: every pair of them.
+    def positions(size):
+        return [0, size - 1, (size - 1) / 2, 0.3 * size, -0.25, size - 0.6, -1, size, -1.5, size + 0.5, -1e4, 1e9]
+    rows, cols = torch.tensor(list(itertools.product(positions(height), positions(width))), **DOUBLE).T
+    rows, cols = (torch.stack((t, t.flip(0))).reshape(2, 9, 16) for t in (rows, cols))     # differs in the batch
+    actual = ops.sample_bilinear(x, rows, cols)
+    assert actual.shape == (2, 3, 9, 16)
+    for b, i, j in itertools.product(range(2), range(9), range(16)):
+        close(actual[b, :, i, j], naive_sample(x[b].numpy(), rows[b, i, j].item(), cols[b, i, j].item()))
+    close(ops.sample_bilinear(strided(x), strided(rows), strided(cols)), actual)
+
+
+@pytest.mark.parametrize("height, width", [(4, 3), (1, 5)])
+def test_sample_bilinear_gradient(height, width):
+    arguments = torch.randn(2, 2, height, width, **DOUBLE), off_integer(2, 3, 2), off_integer(2, 3, 2)
+    torch.autograd.gradcheck(ops.sample_bilinear, [t.requires_grad_() for t in arguments])
+
+
+def test_sample_bilinear_learns_from_integer_positions():
+    """With floor and ceil as corners the gradient would be zero exactly there, where offsets start."""
+    x = torch.randn(1, 3, 6, 8, **DOUBLE)
+    rows, cols = (t.expand(1, 4, 6).clone().requires_grad_()
+                  for t in (torch.arange(1., 5)[:, None].double(), torch.arange(1., 7).double()))
+    sample = ops.sample_bilinear(x, rows, cols)
+    close(sample, x[..., 1:-1, 1:-1])
+    sample.sum().backward()
+    total = x.sum((0, 1)).numpy()
+    for grad, axis in ((rows.grad, 0), (cols.grad, 1)):                   # a kink: the slope to either side will do
+        slope = np.diff(total, axis=axis)
+        before, after = (slope[:-1, 1:-1], slope[1:, 1:-1]) if axis == 0 else (slope[1:-1, :-1], slope[1:-1, 1:])
+        error = np.minimum(abs(grad[0].numpy() - before), abs(grad[0].numpy() - after))
+        assert error.max() < 1e-9
+
+
+@pytest.mark.parametrize("batch, channels, h, w", [(0, 3, 2, 2), (2, 3, 0, 2), (2, 3, 2, 0), (2, 0, 2, 2)])
+def test_sample_bilinear_empty(batch, channels, h, w):
+    x = torch.randn(batch, channels, 5, 4, requires_grad=True)
+    out = ops.sample_bilinear(x, torch.zeros(batch, h, w), torch.zeros(batch, h, w))
+    assert out.shape == (batch, channels, h, w)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and not x.grad.any()
+
+
+@pytest.mark.parametrize("x, rows, cols", [((3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 2, 2), (2, 2, 3)),
+                                           ((2, 3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 4), (2, 4))])
+def test_sample_bilinear_refuses(x, rows, cols):
+    with pytest.raises(ValueError):
+        ops.sample_bilinear(torch.zeros(x), torch.zeros(rows), torch.zeros(cols))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# deform_conv2d
+
+# stride, padding, dilation, weight groups, offset groups; nothing the same in both directions.
+GEOMETRY = [((2, 1), (1, 0), (2, 1), 2, 3), ((1, 1), (0, 0), (1, 1), 1, 1), ((1, 2), (0, 2), (1, 2), 3, 2),
+            ((3, 1), (2, 1), (1, 3), 1, 6), ((1, 3), (3, 0), (2, 1), 6, 1), ((2, 2), (1, 3), (3, 2), 2, 2)]
+
+
+def deform_case(stride, padding, dilation, groups, offset_groups, batch=2, kernel=(3, 2), size=(5, 4)):
+    """Random arguments: 6 channels in, 12 out, map 5 x 4, kernel 3 x 2. Samples lie in and out of the map."""
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
+    taps = kernel[0] * kernel[1]
+    return dict(input=torch.randn(batch, 6, *size, **DOUBLE),
+                offset=off_integer(batch, 2 * offset_groups * taps, *out),
+                weight=torch.randn(12, 6 // groups, *kernel, **DOUBLE), bias=torch.randn(12, **DOUBLE),
+                mask=torch.rand(batch, offset_groups * taps, *out, **DOUBLE))
+
+
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
+def test_deform_conv2d(geometry, with_bias, with_mask):
+    case, where = deform_case(*geometry), dict(zip(("stride", "padding", "dilation"), geometry))
+    case["bias"], case["mask"] = case["bias"] if with_bias else None, case["mask"] if with_mask else None
+    expected = naive_deform(**case, **where)
+    close(ops.deform_conv2d(**case, **where), expected)
+    views = {name: t if t is None else strided(t) for name, t in case.items()}
+    close(ops.deform_conv2d(**views, **where), expected)
+
+
+def test_deform_conv2d_signature():
+    """A drop-in: torchvision's positions of the arguments, and one number for both directions."""
+    case = deform_case((2, 2), (1, 1), (1, 1), 2, 3)
+    close(ops.deform_conv2d(case["input"], case["offset"], case["weight"], case["bias"], 2, 1, 1, case["mask"]),
+          naive_deform(**case, stride=(2, 2), padding=(1, 1), dilation=(1, 1)))
+
+
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("geometry", GEOMETRY[:3], ids=str)
+def test_deform_conv2d_gradient(geometry, with_mask):
+    case, where = deform_case(*geometry, batch=1), dict(zip(("stride", "padding", "dilation"), geometry))
+    names = [name for name in case if with_mask or name != "mask"]
+    torch.autograd.gradcheck(lambda *tensors: ops.deform_conv2d(**dict(zip(names, tensors)), **where),
+                             [case[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
+def test_deform_conv2d_at_whole_offsets(geometry):
+    """Offset 0 is a convolution; the same whole offset everywhere is a convolution of the shifted image."""
+    stride, padding, dilation, groups, _ = geometry
+    case, far = deform_case(*geometry), 9
+    for dy, dx in ((0, 0), (1, -2), (-2, 1), (0, 3)):
+        case["offset"][:, 0::2], case["offset"][:, 1::2] = dy, dx
+        # The shifted, zero-padded plane, cut where the convolution's own padding would end.
+        plane = F.pad(case["input"], [far] * 4).roll((-dy, -dx), (2, 3))
+        (top, left), (H, W) = padding, case["input"].shape[2:]
+        plane = plane[:, :, far - top:far + H + top, far - left:far + W + left]
+        expected = F.conv2d(plane, case["weight"], case["bias"], stride, 0, dilation, groups)
+        actual = ops.deform_conv2d(case["input"], case["offset"], case["weight"], case["bias"], stride, padding, dilation)
+        close(actual, expected)
+        half = torch.full_like(case["mask"], 0.5)                         # the mask scales samples, not the bias
+        close(ops.deform_conv2d(**{**case, "mask": half}, stride=stride, padding=padding, dilation=dilation),
+              (expected + case["bias"][:, None, None]) / 2)
+
+
+def test_deform_conv2d_empty_batch():
+    case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=0).items()}
+    out = ops.deform_conv2d(**case, stride=(2, 1), padding=(1, 0), dilation=(2, 1))
+    assert out.shape == (0, 12, 2, 3)
+    out.sum().backward()
+    assert not case["weight"].grad.any() and not case["bias"].grad.any()
+
+
+def test_deform_conv2d_positions_are_exact_in_bfloat16():
+    """bf16 can't tell row 200.5 from 200: positions must not be computed in it. Rows alternate 0, 1."""
+    stripes = (torch.arange(300) % 2).bfloat16()[None, None, :, None].expand(1, 1, 300, 2)
+    offset = torch.zeros(1, 2, 300, 2).bfloat16()
+    offset[:, 0] = 0.5
+    out = ops.deform_conv2d(stripes, offset, torch.ones(1, 1, 1, 1).bfloat16())
+    assert (out[:, :, :-1] == 0.5).all()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("offset", (2, 36, 2, 2)), ("offset", (2, 36, 3, 3)), ("offset", (1, 36, 2, 3)), ("offset", (2, 35, 2, 3)),
+    ("offset", (2, 48, 2, 3)), ("offset", (2, 0, 2, 3)), ("offset", (36, 2, 3)),           # 48: four groups of six channels
+    ("mask", (2, 36, 2, 3)), ("mask", (2, 6, 2, 3)), ("mask", (2, 18, 3, 2)), ("mask", (1, 18, 2, 3)), ("mask", (18, 2, 3)),
+    ("weight", (12, 4, 3, 2)), ("weight", (12, 12, 3, 2)), ("weight", (11, 3, 3, 2)), ("weight", (12, 3, 6)),
+    ("weight", (12, 3, 9, 9)), ("weight", (0, 3, 3, 2)), ("bias", (11,)), ("bias", (12, 1)), ("bias", ()),
+    ("input", (6, 5, 4)), ("input", (2, 7, 5, 4)), ("input", (2, 0, 5, 4)), ("input", (2, 6, 1, 1)),
+    ("stride", 0), ("stride", (1, 2, 3)), ("padding", -1), ("padding", (1,)), ("dilation", 0), ("dilation", (2, -1)),
+], ids=str)
+def test_deform_conv2d_refuses(name, value):
+    case = dict(deform_case(*GEOMETRY[0]), stride=(2, 1), padding=(1, 0), dilation=(2, 1))
+    case[name] = torch.zeros(value, **DOUBLE) if torch.is_tensor(case[name]) else value
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        ops.deform_conv2d(**case)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tables
+
+def test_names_are_in_token_order():
+    assert list(ops.OPERATIONS) == ("conv1x1 conv3x3 sep3x3 sep5x5 gap conv3x3_r3 conv3x3_r12 "
+                                    "sep3x3_r3 sep5x5_r6 skip zero deform3x3").split()
+    assert list(ops.AGGREGATIONS) == "sum concat conv3d attention predictive affine".split()
+
+
+@pytest.mark.parametrize("make, inputs, name", EVERY)
+def test_parameters(make, inputs, name):
+    assert ops.parameters(make(64)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name):
+    module = randomise(ops.OPERATIONS[name](4)).double()
+    x = torch.randn(2, 4, 15, 14, **DOUBLE)                               # larger than 12, so that all taps of r12 meet it
+    close(module(x), OPERATIONS[name](module, x.numpy()), 1e-6)
+
+
+# The second input smaller, the first one smaller, both the same; not the same factor in both directions.
+@pytest.mark.parametrize("sizes", [((7, 5), (3, 4)), ((2, 3), (8, 5)), ((6, 7), (6, 7)), ((1, 1), (4, 3))], ids=str)
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_aggregation(name, sizes):
+    module = randomise(ops.AGGREGATIONS[name](4)).double()
+    x, y = (torch.randn(2, 4, *size, **DOUBLE) for size in sizes)
+    large = [naive_resize(t.numpy(), *max(sizes)) for t in (x, y)]
+    close(module(x, y), AGGREGATIONS[name](module, *large), 1e-6)
+
+
+def test_deformable_starts_as_a_convolution_and_learns_its_offsets():
+    """Zero offsets, masks sigmoid(0) = 1/2; and the offsets' gradient is not zero there."""
+    module, x = ops.OPERATIONS["deform3x3"](4).eval().double(), torch.randn(2, 4, 6, 5, **DOUBLE)
+    out = module(x)
+    close(out, bn_relu(module, naive_conv(x.numpy(), module.weight) / 2), 1e-6)
+    out.square().sum().backward()
+    per_map = module.offset_mask.weight.grad.abs().sum((1, 2, 3))         # (27,): 18 offsets, 9 masks
+    assert per_map.min() > 0
+
+
+def test_affine_starts_as_the_sum_and_translates():
+    module = ops.AGGREGATIONS["affine"](4).double()
+    x, y = torch.randn(2, 2, 4, 5, 8, **DOUBLE)
+    close(module(x, y), x + y, 1e-6)
+    with torch.no_grad():                                                 # 2 / W is one pixel: look 3 right, 1 up
+        module.theta.bias[2], module.theta.bias[5] = 3 * 2 / 8, -1 * 2 / 5
+    close((module(x, y) - y)[:, :, 1:, :-3], x[:, :, :-1, 3:], 1e-6)
+    close((module(x, y) - y)[:, :, :, -3:], 0 * x[:, :, :, -3:], 1e-6)    # zeros from outside
+    with torch.no_grad():                                                 # columns at half speed, about the centre
+        module.theta.bias.copy_(torch.tensor([0.5, 0, 0, 0, 1, 0]))
+    close((module(x, y) - y)[..., 0], 0.25 * x[..., 1] + 0.75 * x[..., 2], 1e-6)           # (0 - 3.5) / 2 + 3.5 = 1.75
+
+
+def test_predictive_of_equal_logits_is_a_mean_filter():
+    module = ops.AGGREGATIONS["predictive"](4).double()
+    nn.init.zeros_(module.filters.weight)
+    nn.init.zeros_(module.filters.bias)
+    x, y = torch.randn(2, 2, 4, 5, 6, **DOUBLE)
+    close(module(x, y), F.avg_pool2d(y, 3, 1, 1))                         # counts the zeros outside: divides by 9
+
+
+@pytest.mark.parametrize("make, inputs, name", EVERY)
+def test_gradient(make, inputs, name):
+    """In the inputs (of two resolutions) and in every parameter."""
+    module = randomise(make(4)).double()
+    names, values = zip(*module.named_parameters()) if PARAMETERS[name] else ((), ())
+    maps = [torch.randn(2, 4, *size, **DOUBLE, requires_grad=True) for size in ((5, 4), (3, 2))[:inputs]]
+    torch.autograd.gradcheck(lambda *t: functional_call(module, dict(zip(names, t[inputs:])), t[:inputs]),
+                             (*maps, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("make, inputs, name", EVERY)
+def test_invariants(make, inputs, name):
+    """One of a batch is what it is alone; memory layout says nothing; maps one pixel wide work; the inputs,
+    which other layers of a cell read too, stay as they are."""
+    module = randomise(make(4)).double()
+    for height, width in ((6, 5), (1, 5), (5, 1), (1, 1)):
+        maps = [torch.randn(3, 4, height, width, **DOUBLE) for _ in range(inputs)]
+        before = [t.clone() for t in maps]
+        with torch.no_grad():
+            out = module(*maps)
+            assert out.shape == (3, 4, height, width)
+            close(module(*(t[1:2] for t in maps)), out[1:2], 1e-6)
+            close(module(*(t.contiguous(memory_format=torch.channels_last) for t in maps)), out, 1e-6)
+        assert all(map(torch.equal, maps, before))
+
+
+@pytest.mark.parametrize("make, inputs, name", EVERY)
+def test_bfloat16_channels_last(make, inputs, name):
+    """As it is trained: autocast, channels_last, training mode; inputs of two types, as they come in a cell."""
+    module = randomise(make(16)).train().to(memory_format=torch.channels_last)
+    maps = [torch.randn(4, 16, 12, 10).to(memory_format=torch.channels_last).requires_grad_() for _ in range(inputs)]
+    for types in itertools.product((torch.float32, torch.bfloat16), repeat=inputs):
+        typed = [t.to(kind) for t, kind in zip(maps, types)]
+        expected = module(*typed) if types == (torch.float32,) * inputs else expected
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(*typed)
+        error = (out.float() - expected).abs().mean()
+        assert torch.isfinite(out).all() and error <= 0.03 * expected.abs().mean()
+        if out.requires_grad:
+            out.float().square().sum().backward()
+            assert all(torch.isfinite(t.grad).all() for t in (*maps, *module.parameters()))
+
+
+def test_zero_stops_what_is_not_finite():
+    x = torch.tensor([math.nan, math.inf]).reshape(1, 2, 1, 1)
+    assert torch.equal(ops.OPERATIONS["zero"](2)(x), torch.zeros(1, 2, 1, 1))
+
+
+def test_multiply_adds():
+    """By hand: 3x3 convolution, 8 -> 8 channels, on 5 x 6."""
+    assert ops.multiply_adds(ops.OPERATIONS["conv3x3"](8).eval(), torch.zeros(1, 8, 5, 6)) == 9 * 8 * 8 * 5 * 6
