@@ -1,0 +1,383 @@
+"""The controller against a step-by-step recomputation and against enumeration; PPO's invariants; a planted genotype."""
+import io
+import itertools
+import math
+
+import pytest
+import torch
+
+import controller
+from controller import PPO, Controller, planted_reward
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def scaled(model, factor):
+    """The same controller with larger parameters, so that what it samples now sways what it samples next."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def tiny(factor=20):
+    """One layer, 2 inputs, 3 operations, 2 aggregations: 2 * 2 * 3 * 3 * 2 = 72 strings in all."""
+    model = Controller(1, num_inputs=2, num_operations=3, num_aggregations=2, hidden=7, generator=generator(1))
+    return scaled(model, factor), torch.tensor(list(itertools.product(*map(range, model.choices))))
+
+
+def naive(model, string):
+    """log-probability, entropy and distributions of one string: LSTM cells written out, no batch, float64."""
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    h = [torch.zeros(model.lstm.hidden_size, dtype=torch.float64) for _ in range(2)]
+    c = [x.clone() for x in h]
+    locations = max(model.choices[0::5])
+    log_prob, entropy, distributions = 0.0, 0.0, []
+    x = weights["embed.weight"][-1]
+    for t, token in enumerate(string.tolist()):
+        for k in range(2):
+            gates = weights[f"lstm.weight_ih_l{k}"] @ x + weights[f"lstm.bias_ih_l{k}"] \
+                + weights[f"lstm.weight_hh_l{k}"] @ h[k] + weights[f"lstm.bias_hh_l{k}"]
+            i, f, g, o = gates.chunk(4)
+            c[k] = f.sigmoid() * c[k] + i.sigmoid() * g.tanh()
+            h[k] = x = o.sigmoid() * c[k].tanh()
+        logits = weights[f"heads.{t}.weight"] @ x + weights[f"heads.{t}.bias"]
+        p = logits.exp() / logits.exp().sum()
+        log_prob += math.log(p[token])
+        entropy -= sum(q * math.log(q) for q in p.tolist())
+        distributions.append(p)
+        row = token + {0: 0, 1: 0, 2: locations, 3: locations, 4: locations + model.choices[2]}[t % 5]
+        x = weights["embed.weight"][row]
+    return log_prob, entropy, distributions
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The policy
+
+def test_parameters_start_uniform():
+    model = Controller(5)
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert values.abs().max() <= 0.1 and abs(values.mean()) < 1e-3
+    assert abs(values.std() - 0.2 / math.sqrt(12)) < 1e-3
+    assert model.lstm.num_layers == 2 and model.lstm.hidden_size == 100
+    assert all(p.abs().max() > 0.09 for p in model.parameters() if p.numel() > 300)         # biases and embeddings too
+
+
+def test_choices():
+    assert Controller(3).choices == [5, 5, 12, 12, 6, 6, 6, 12, 12, 6, 7, 7, 12, 12, 6]
+    for bad in ((0,), (1, 0), (1, 5, 0), (1, 5, 12, 0)):
+        with pytest.raises(ValueError):
+            Controller(*bad)
+
+
+@pytest.mark.parametrize("factor", [1, 5])
+def test_sampled_log_probs_are_the_evaluated_ones(factor):
+    model = scaled(Controller(5), factor)
+    tokens, old = model.sample(7, generator())
+    assert tokens.shape == (7, 25) and tokens.dtype == torch.int64
+    assert old.shape == (7,) and not old.requires_grad
+    new, entropy = model.log_prob(tokens)
+    assert new.shape == entropy.shape == (7,) and new.requires_grad and entropy.requires_grad
+    torch.testing.assert_close(new.detach(), old, atol=1e-4, rtol=1e-6)
+    alone = torch.cat([model.log_prob(row[None])[0] for row in tokens])   # a row doesn't depend on its batch
+    torch.testing.assert_close(alone, new, atol=1e-4, rtol=1e-6)
+
+
+def test_log_prob_and_entropy_against_naive_cells():
+    model = scaled(Controller(3, generator=generator(2)), 5)
+    tokens = torch.cat((model.sample(3, generator())[0], model.random(3, generator())))
+    log_prob, entropy = model.log_prob(tokens)
+    for k, string in enumerate(tokens):
+        expected = naive(model, string)
+        assert log_prob[k].item() == pytest.approx(expected[0], rel=1e-4)
+        assert entropy[k].item() == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_enumerated_probabilities_sum_to_one():
+    model, strings = tiny()
+    with torch.no_grad():
+        log_prob, entropy = model.log_prob(strings)
+    p = log_prob.double().exp()
+    assert len(strings) == 72 and p.sum().item() == pytest.approx(1, abs=1e-5)
+    assert p.max() > 3 / 72                                               # far from uniform, or the test shows little
+    # the chain rule: the mean of the summed conditional entropies is the entropy of the whole string
+    assert (p * entropy).sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
+
+
+def test_samples_follow_the_enumerated_probabilities():
+    model, strings = tiny()
+    n = 20000
+    tokens, _ = model.sample(n, generator())
+    index = {tuple(row): k for k, row in enumerate(strings.tolist())}
+    counts = torch.zeros(len(strings), dtype=torch.float64)
+    for row in tokens.tolist():
+        counts[index[tuple(row)]] += 1
+    p = model.log_prob(strings)[0].detach().double().exp()
+    assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+
+
+def test_an_earlier_token_changes_what_follows():
+    model, strings = tiny()
+    aggregation = {}
+    for string in strings:
+        aggregation[tuple(string[:4].tolist())] = naive(model, string)[2][4]
+    assert torch.stack(list(aggregation.values()))[:, 0].std() > 0.02     # over all prefixes
+    # and in the module itself: p(agg = 0 | prefix) from the joint probabilities
+    p = model.log_prob(strings)[0].detach().exp().reshape(2, 2, 3, 3, 2)
+    conditional = p[..., 0] / p.sum(-1)
+    assert conditional.std() > 0.02
+    first = conditional.flatten(1)                                        # by loc1, four tokens before
+    assert (first[0] - first[1]).abs().max() > 1e-3
+
+
+def test_samples_and_random_stay_within_the_choices_and_reach_them_all():
+    model = Controller(4)
+    for tokens in (model.sample(3000, generator())[0], model.random(3000, generator())):
+        assert tokens.shape == (3000, 20) and tokens.dtype == torch.int64 and tokens.min() == 0
+        assert tokens.amax(0).tolist() == [n - 1 for n in model.choices]
+        for t, n in enumerate(model.choices):
+            assert torch.bincount(tokens[:, t], minlength=n).min() > 0.5 * 3000 / n          # near uniform at the start
+
+
+def test_a_seed_gives_the_same_tokens():
+    model = Controller(5)
+    for draw in (lambda g: model.sample(6, g)[0], lambda g: model.random(6, g)):
+        torch.manual_seed(1)
+        first = draw(generator(3))
+        torch.manual_seed(2)
+        before = torch.get_rng_state()
+        assert torch.equal(first, draw(generator(3)))
+        assert torch.equal(before, torch.get_rng_state())                 # torch's own generator isn't touched
+        assert not torch.equal(first, draw(generator(4)))
+    a, b = (Controller(2, generator=generator(5)).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[0], lambda t: t[:, :-1], lambda t: t[None], lambda t: t[:0],
+                                    lambda t: t.float(), lambda t: t > 0])
+def test_misshapen_tokens_are_refused(change):
+    model = Controller(2)
+    with pytest.raises(ValueError, match="tokens must be"):
+        model.log_prob(change(model.random(3, generator())))
+
+
+def test_tokens_out_of_range_are_refused():
+    model = Controller(2)
+    for t, n in enumerate(model.choices):
+        for value in (-1, n, 2**40):
+            tokens = model.random(3, generator())
+            tokens[1, t] = value
+            with pytest.raises(ValueError, match=f"token {t} of string 1 must be from 0 to {n - 1}, got {value}"):
+                model.log_prob(tokens)
+    for draw in (model.sample, model.random):
+        with pytest.raises(ValueError):
+            draw(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# PPO
+
+KEYS = {"loss", "approx_kl", "clip_fraction", "entropy", "baseline", "grad_norm"}
+
+
+def test_before_the_first_step_every_ratio_is_one():
+    model = scaled(Controller(5), 3)
+    ppo = PPO(model, epochs=1, entropy_weight=0.5)
+    tokens, old = model.sample(6, generator())
+    entropy = model.log_prob(tokens)[1].mean().item()
+    reward = torch.tensor([.1, .9, .4, .5, .2, .8])
+    figures = ppo.update(tokens, old, reward)
+    assert figures.keys() == KEYS and all(type(value) is float for value in figures.values())
+    assert abs(figures["approx_kl"]) < 1e-6 and figures["clip_fraction"] == 0
+    assert figures["entropy"] == pytest.approx(entropy, rel=1e-5)
+    # ratios of 1 leave the mean advantage, and the first baseline is the batch's mean
+    assert figures["loss"] == pytest.approx(-0.5 * entropy, rel=1e-4)
+    assert figures["baseline"] == pytest.approx(reward.mean().item())
+    assert figures["grad_norm"] > 0
+    again = ppo.update(tokens, old, reward)                               # the same sample is off-policy by now
+    assert again["approx_kl"] > 1e-5
+
+
+def test_one_update_against_the_formulas():
+    """Off-policy old log-probs; every figure written out from the naive log-probabilities."""
+    model = Controller(2, generator=generator(1))
+    tokens, old = model.sample(4, generator())
+    old = old + torch.tensor([0.3, -0.3, 0.05, 0.0])                      # ratios of 0.74, 1.35, 0.95 and 1
+    ppo = PPO(model, epochs=1, clip=0.1, entropy_weight=0.01, baseline_decay=0.9)
+    ppo.baseline = 0.5
+    reward = [0.7, 0.2, 0.4, 0.9]
+    advantage = [r - 0.5 for r in reward]
+    deviation = math.sqrt(sum(a * a for a in advantage) / 4)
+    surrogate = entropy = kl = outside = 0
+    for k in range(4):
+        log_prob, e, _ = naive(model, tokens[k])
+        r, a = math.exp(log_prob - old[k].item()), advantage[k] / deviation
+        surrogate += min(r * a, min(max(r, 0.9), 1.1) * a) / 4
+        entropy += e / 4
+        kl += (r - 1 - math.log(r)) / 4
+        outside += (abs(r - 1) > 0.1) / 4
+    figures = ppo.update(tokens, old, reward)
+    assert figures["loss"] == pytest.approx(-surrogate - 0.01 * entropy, abs=1e-4)
+    assert figures["approx_kl"] == pytest.approx(kl, abs=1e-4)
+    assert figures["clip_fraction"] == outside == 0.5
+    assert figures["baseline"] == pytest.approx(0.5 + (1 - 0.9**4) * (sum(reward) / 4 - 0.5))
+
+
+def test_baseline_and_deviation():
+    ppo = PPO(Controller(1), baseline_decay=0.9)
+    assert ppo._advantage(torch.tensor([0.6], dtype=torch.float64)).tolist() == [0]
+    assert ppo.baseline == pytest.approx(0.6)
+    # 0.8 less the baseline before it moves; the squares 0 and 0.04 weigh 0.09 and 0.1
+    second = ppo._advantage(torch.tensor([0.8], dtype=torch.float64)).item()
+    assert second == pytest.approx(0.2 / math.sqrt(0.04 * 0.1 / 0.19), rel=1e-4)
+    assert ppo.baseline == pytest.approx(0.62)
+    advantage = ppo._advantage(torch.linspace(0, 1, 500, dtype=torch.float64))
+    assert advantage.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_ratios_beyond_the_clip_get_no_gradient():
+    model = Controller(2)
+    tokens, old = model.sample(2, generator())
+    ppo = PPO(model, epochs=1, entropy_weight=0)
+    before = model.log_prob(tokens)[0].detach()
+    # better than expected and already 1.3 times as likely; worse than expected and already 0.7 times
+    figures = ppo.update(tokens, old - torch.tensor([0.3, -0.3]), [1.0, 0.0])
+    assert figures["clip_fraction"] == 1 and figures["grad_norm"] == 0
+    torch.testing.assert_close(model.log_prob(tokens)[0].detach(), before)
+
+
+def test_it_moves_toward_the_rewarded_string():
+    for seed in range(3):
+        model = Controller(3, generator=generator(seed))
+        ppo = PPO(model, epochs=1, entropy_weight=0)
+        tokens = model.random(2, generator(seed))
+        old = model.log_prob(tokens)[0].detach()
+        ppo.update(tokens, old, [1.0, 0.0])
+        change = model.log_prob(tokens)[0].detach() - old
+        assert change[0] > 0 > change[1]
+        same = [p.detach().clone() for p in model.parameters()]
+        old = model.log_prob(tokens)[0].detach()
+        fresh = PPO(model, epochs=3, entropy_weight=0)
+        fresh.update(tokens, old, [0.3, 0.3])                             # equal rewards teach nothing
+        assert all(torch.equal(a, b) for a, b in zip(same, model.parameters()))
+
+
+def test_the_entropy_bonus_raises_entropy():
+    model = scaled(Controller(2, generator=generator()), 5)
+    ppo = PPO(model, epochs=10, entropy_weight=1)
+    tokens, old = model.sample(8, generator())
+    before = model.log_prob(tokens)[1].mean()
+    ppo.update(tokens, old, [0.5] * 8)
+    assert model.log_prob(tokens)[1].mean() > before
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 32])
+def test_updates_of_any_size_stay_finite(n):
+    model = Controller(2)
+    ppo, g = PPO(model), generator()
+    for reward in (torch.full((n,), 0.4), torch.rand(n, generator=g), torch.zeros(n), torch.ones(n)):
+        tokens, old = model.sample(n, g)
+        figures = ppo.update(tokens, old, reward)
+        assert all(math.isfinite(value) for value in figures.values())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_bad_updates_are_refused_and_change_nothing():
+    model = Controller(2)
+    ppo = PPO(model)
+    tokens, old = model.sample(3, generator())
+    reward = torch.tensor([.1, .2, .3])
+    ppo.update(tokens, old, reward)
+    before = io.BytesIO()
+    torch.save(ppo.state_dict(), before)
+    for bad in ((tokens, old[:, None], reward), (tokens, old, reward[:, None]), (tokens, old[:2], reward),
+                (tokens[0], old, reward), (tokens, old, reward[:1]), (tokens, old.sum(), reward),
+                (tokens, old, reward * math.nan), (tokens, old * math.inf, reward), (tokens + 12, old, reward),
+                (tokens[:0], old[:0], reward[:0])):
+        with pytest.raises(ValueError):
+            ppo.update(*bad)
+    after = io.BytesIO()
+    torch.save(ppo.state_dict(), after)
+    assert before.getvalue() == after.getvalue()
+    for setting in (dict(learning_rate=0), dict(learning_rate=math.nan), dict(clip=0), dict(baseline_decay=1),
+                    dict(epochs=0), dict(entropy_weight=-1), dict(max_grad_norm=0)):
+        with pytest.raises(ValueError):
+            PPO(model, **setting)
+
+
+def test_a_saved_search_goes_on_exactly():
+    def start():
+        model = Controller(2, generator=generator(1))
+        return model, PPO(model)
+
+    def search(model, ppo, g, updates):
+        for _ in range(updates):
+            tokens, old = model.sample(4, g)
+            ppo.update(tokens, old, tokens.double().mean(1) / 10)
+        return tokens
+
+    model, ppo = start()
+    expected = search(model, ppo, generator(7), 6)
+    model, ppo = start()
+    g = generator(7)
+    search(model, ppo, g, 3)
+    file = io.BytesIO()
+    torch.save({"ppo": ppo.state_dict(), "generator": g.get_state()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model = Controller(2)
+    ppo, g = PPO(model), torch.Generator()
+    ppo.load_state_dict(saved["ppo"])
+    g.set_state(saved["generator"])
+    assert torch.equal(search(model, ppo, g, 3), expected)
+    with pytest.raises(RuntimeError):
+        PPO(Controller(3)).load_state_dict(saved["ppo"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A search whose answer is known
+
+def test_planted_reward():
+    model = Controller(5)
+    best, reward = planted_reward(model, seed=3)
+    other = (best + 1) % torch.tensor(model.choices)
+    half = torch.where(torch.arange(25) < 10, other, best)
+    values = reward(torch.stack((best, other, half)))
+    assert values.tolist() == pytest.approx([1, 0.54, 0.54 + 0.46 * 0.6]) and values[0] == 1
+    noisy = reward(best.expand(2000, -1), generator())
+    assert abs(noisy.mean() - 1) < 0.003 and abs(noisy.std() - 0.03) < 0.003
+    uniform = reward(model.random(2000, generator()))
+    assert abs(uniform.mean() - 0.60) < 0.01 and uniform.max() < 0.76
+
+
+def test_ppo_beats_random_search_on_a_planted_genotype():
+    g = generator()
+    model = Controller(5, generator=g)
+    ppo, (_, reward) = PPO(model), planted_reward(model)
+    found = []
+    for _ in range(30):
+        tokens, old = model.sample(10, g)
+        figures = ppo.update(tokens, old, reward(tokens, g))
+        found.append(reward(tokens))
+    found, uniform = torch.cat(found), reward(model.random(300, g))
+    assert found[-50:].mean() > 0.73 > 0.62 > uniform.mean()              # the noise of one seed's mean is 0.02
+    assert found.max() > uniform.max() + 0.07                             # the best of 300 samples each
+    assert figures["entropy"] < 40                                        # 53 at the start
+
+
+def test_ppo_finds_a_small_planted_genotype():
+    g = generator()
+    model = Controller(1, generator=g)
+    ppo, (best, reward) = PPO(model), planted_reward(model)
+    for _ in range(40):
+        tokens, old = model.sample(10, g)
+        ppo.update(tokens, old, reward(tokens, g))
+    assert model.log_prob(best[None])[0].exp() > 0.5                      # 1 of 21,600 strings
+
+
+def test_main_prints_both_curves(capsys):
+    controller.main(samples=50, seeds=1)
+    out = capsys.readouterr().out
+    assert "random" in out and "     50 " in out
