@@ -1,0 +1,349 @@
+"""The pictures show what the run's files say: pixels, counts and layouts are checked against them."""
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import figures
+from data import InputError
+from dyncell import INPUTS, Genotype
+from ops import AGGREGATIONS, OPERATIONS
+
+FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"), ("dec_prev", "node0", "gap", "zero", "sum")])
+
+
+def genotype(rng, layers):
+    return Genotype.from_tokens([rng.randrange(n) for k in range(layers) for n in (5 + k, 5 + k, 12, 12, 6)])
+
+
+def entry(k, reward, stopped=False, status="ok", cell=FIRST):
+    return {"candidate": k, "tokens": cell.to_tokens(), "genotype": json.loads(cell.to_json()), "reward": reward,
+            "half_reward": reward, "stopped": stopped, "status": status, "seconds": 1.0, "parameters": 1000}
+
+
+def write_log(path, log):
+    path.write_text("".join(json.dumps(e) + "\n" for e in log))
+
+
+def history(epochs, validated=()):
+    entries = [{"epoch": e, "loss": 2 / e, "seconds": 1.0} for e in range(1, epochs + 1)]
+    return [{**e, "val_miou": 0.5} if e["epoch"] in validated else e for e in entries]
+
+
+def example():
+    """Two frames of the synthetic videos, top rows ignored; the cell is right, the baseline says class 1 everywhere."""
+    synthetic = data.Synthetic(split="test")
+    images, labels = map(np.stack, zip(*(synthetic.read(clip[0]) for clip in synthetic.clips[:2])))
+    labels[:, :20] = 255
+    maps = {"images": images, "labels": labels, "baseline": np.ones_like(labels),
+            "cell": np.where(labels == 255, 0, labels)}
+    return {**{key: torch.from_numpy(value) for key, value in maps.items()}, "names": ["000_0000", "001_0000"],
+            "classes": synthetic.classes, "palette": synthetic.palette.tolist(), "differ": [0.5, 0.25],
+            "cell_name": "cell-0"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with everything in it."""
+    folder, rng = tmp_path_factory.mktemp("run"), random.Random(0)
+    log = [entry(k, 0.3 + 0.01 * k, stopped=k % 3 == 1, cell=genotype(rng, 3)) for k in range(12)]
+    write_log(folder / "search.jsonl", log)
+    write_log(folder / "random.jsonl", [entry(k, 0.3) for k in range(12)])
+    torch.save({"history": history(6, (3, 6))}, folder / "static.pt")
+    torch.save({"history": history(4)}, folder / "baseline.pt")
+    for k in range(2):
+        for name in (f"cell-{k}-alone", f"cell-{k}"):
+            torch.save({"history": history(4), "genotype": json.dumps(log[-1 - k]["genotype"])}, folder / f"{name}.pt")
+    torch.save(example(), folder / "examples.pt")
+    return folder
+
+
+BY_STAGE = {"pretrain": ["curve-pretrain"], "search": ["fig3-rewards", "fig4-sampling"],
+            "finetune": ["curve-finetune", "fig7-cell-0", "fig7-cell-1"], "evaluate": ["fig5-examples"]}
+
+
+def test_every_figure_is_drawn_and_not_blank(run):
+    paths = figures.draw(run)
+    assert [path.name for path in paths] == [f"{name}.png" for names in BY_STAGE.values() for name in names]
+    assert sorted((run / "figures").iterdir()) == sorted(paths)           # nothing half-written is left
+    for path in paths:
+        image = Image.open(path)
+        assert image.mode == "RGB" and min(image.size) >= 300
+        colours = {colour: count for count, colour in image.getcolors(1 << 24)}
+        assert len(colours) > 20 and colours[255, 255, 255] < 0.99 * image.width * image.height, path
+
+
+@pytest.mark.parametrize("stage", BY_STAGE)
+def test_a_stage_draws_its_figures(run, stage):
+    assert [path.stem for path in figures.draw(str(run), stage)] == BY_STAGE[stage]
+
+
+def test_what_is_missing_is_left_out(tmp_path):
+    assert figures.draw(tmp_path) == [] and not list(tmp_path.iterdir())
+    torch.save({"model": {}, "history": history(2)}, tmp_path / "static.partial.pt")      # a training that goes on
+    torch.save({"history": history(2), "genotype": FIRST.to_json()}, tmp_path / "cell-0-alone.pt")
+    (tmp_path / "search.jsonl").write_text(json.dumps(entry(0, 0.3)) + '\n{"candidate": 1, "tok')
+    drawn = [path.stem for path in figures.draw(tmp_path)]
+    assert drawn == ["curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune"]
+
+
+def test_errors_name_the_file(tmp_path, capsys):
+    for arguments in ([], [str(tmp_path / "nowhere")], [str(tmp_path)], ["--help"]):
+        with pytest.raises(InputError):
+            figures.main(arguments)
+    (tmp_path / "static.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="static.pt"):
+        figures.draw(tmp_path)
+    (tmp_path / "search.jsonl").write_text("not JSON\n")
+    with pytest.raises(InputError, match="search.jsonl"):
+        figures.draw(tmp_path, "search")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figs. 3 and 4
+
+def pixel(canvas, plot, x, y):
+    return canvas.finished().getpixel((int(plot.x(x)), int(plot.y(y))))
+
+
+def islands(mask):
+    """Number of connected regions (8 neighbours)."""
+    left, count = set(zip(*map(np.ndarray.tolist, mask.nonzero()))), 0
+    while left:
+        count, edge = count + 1, [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+    return count
+
+
+def test_each_candidate_is_a_mark_where_the_log_says():
+    log = [entry(0, 0.31), entry(1, 0.27, stopped=True), entry(2, 0.0, status="not finite"), entry(3, 0.47),
+           entry(4, 0.38, stopped=True)]
+    canvas = figures.rewards(log)                         # too few for a running mean
+    (plot,) = canvas.plots
+    assert plot.yrange[0] > 0                             # the failed one does not stretch the axis
+    for e in log:
+        at = pixel(canvas, plot, e["candidate"], e["reward"] if e["status"] == "ok" else plot.yrange[0])
+        assert at == (figures.BLUE if not e["stopped"] else (255, 255, 255)), e
+    pixels = np.array(canvas.finished(), int)[int(plot.top):int(plot.bottom) + 6, int(plot.left):]
+    assert islands(pixels[..., 2] - pixels[..., 0] > 40) == len(log)
+
+
+@pytest.mark.parametrize("count", [20, 300, 1000])
+def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
+    rng = random.Random(count)
+    log = [entry(k, rng.uniform(0.2, 0.5)) for k in range(count)]
+    log[count // 2] = entry(count // 2, 0.8)
+    canvas = figures.rewards(log)
+    (plot,) = canvas.plots
+    assert pixel(canvas, plot, count // 2, 0.8) == figures.BLUE
+    window = max(5, count // 20)
+    mean = sum(e["reward"] for e in log[-window - 1:-1]) / window         # the last but one: a line's end is blurred
+    assert max(pixel(canvas, plot, count - 2, mean)) < 60
+    # No line before the first full window.
+    left, right = int(plot.left) + 2, int(plot.x(window - 1)) - 2
+    assert np.array(canvas.finished())[int(plot.top):int(plot.bottom) - 1, left:right].max(axis=2).min() > 60
+
+
+def test_random_search_stands_beside():
+    log, other = [entry(k, 0.5) for k in range(3)], [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]
+    canvas = figures.rewards(log, other)
+    (plot,) = canvas.plots
+    assert [pixel(canvas, plot, k, 0.5) for k in range(3)] == 3 * [figures.BLUE]
+    assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
+    assert pixel(canvas, plot, 2, 0.4) not in (figures.BLUE, figures.VERMILLION)
+
+
+def test_what_is_sampled_by_hand():
+    assert figures.sampled([entry(0, 0.5)]) == ([["gap", "skip", "gap", "zero"]], [["concat", "sum"]],
+                                                [["dec_prev", "layer2", "dec_prev"]])
+    canvas = figures.sampling([entry(k, 0.5) for k in range(8)])          # the same cell eight times
+    for plot, names, name, share in zip(canvas.plots, (OPERATIONS, AGGREGATIONS, INPUTS), ("gap", "concat", "dec_prev"),
+                                        (50, 50, 200 / 3)):
+        assert pixel(canvas, plot, 5, share) == figures.STYLES[list(names).index(name)][1]
+    assert len(set(figures.STYLES)) >= len(OPERATIONS)
+
+
+@pytest.mark.parametrize("log", [
+    [entry(0, 0.5)], [entry(0, 0.0, status="out of memory")], [entry(k, math.nan) for k in range(9)],
+    [entry(k, 0.4) for k in range(9)], [entry(k, 0.0, stopped=True) for k in range(30)],
+    [entry(k, math.nan if k % 9 else 0.1) for k in range(30)]])
+def test_odd_logs(log):
+    figures.rewards(log).finished()
+    figures.rewards(log, log).finished()
+    figures.sampling(log).finished()
+
+
+def test_running_mean_by_hand():
+    means = figures.running_mean([1, 3, math.nan, 5, math.nan, math.nan], 2)
+    assert means[:5] == [1, 2, 3, 5, 5] and math.isnan(means[5])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Axes and curves
+
+def test_ticks_by_hand():
+    assert figures.round_ticks([0.31, 0.68]) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert figures.round_ticks([0, 40]) == [0, 10, 20, 30, 40]
+    assert figures.round_ticks([1, 3], whole=True) == [1, 2, 3]
+    assert figures.round_ticks([math.nan, math.inf]) == figures.round_ticks([])
+    assert figures.round_ticks([]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_ticks_enclose_the_values():
+    rng = random.Random(0)
+    for _ in range(500):
+        low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
+        high = low + rng.choice([0, rng.random() * 10 ** rng.randint(-6, 6)])
+        ticks, step = figures.round_ticks([low, high]), 0
+        step = ticks[1] - ticks[0]
+        assert ticks[0] <= low + 1e-6 * step and high - 1e-6 * step <= ticks[-1] and 2 <= len(ticks) <= 7
+        assert f"{step:.0e}"[0] in "125"
+
+
+def test_curves_pass_through_their_points():
+    lines = {"baseline": [(e, 3.0 - 0.1 * e) for e in range(1, 11)], "cell-0": [(e, 1.0) for e in range(1, 11)]}
+    canvas = figures.curves("title", [("loss", lines), ("empty", {"baseline": [], "cell-0": []})])
+    (plot,) = canvas.plots                                # the empty panel is left out
+    for (name, line), (_, colour) in zip(lines.items(), figures.STYLES):
+        assert all(pixel(canvas, plot, x, y) == colour for x, y in line), name
+
+
+@pytest.mark.parametrize("line", [[(1, 2.0)], [(1, math.nan)], [(1, 1.0), (2, math.nan), (3, 1.0)],
+                                  [(1, math.inf), (2, 0.0)]])
+def test_odd_curves(line):
+    figures.curves("title", [("loss", {"a": line})]).finished()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fig. 7
+
+def test_spread_by_hand():
+    assert figures.spread([0, 0], [2, 2]) == [-1, 1]
+    assert figures.spread([0, 0], [2, 2], low=0) == [1, 3]
+    assert figures.spread([5, 0, 9], [2, 2, 2]) == [5, 0, 9]              # far enough apart: left as they are
+    assert figures.spread([1, 0, 30], [4, 2, 2], high=20) == pytest.approx([2, -1, 19])
+
+
+def cells():
+    """Random cells, and the extremes: everything from one input, a chain, all side by side."""
+    rng = random.Random(1)
+    chain = [(0, 0)] + [(4 + k, 4 + k) for k in range(1, 5)]
+    extremes = [[(1, 1)] * 5, chain, [(k, 4 - k) for k in range(5)], [(0, 4), (5, 0), (6, 0), (7, 0), (0, 4)]]
+    return ([genotype(rng, 1 + k % 5) for k in range(50)] +
+            [Genotype([(a, b, "conv3x3_r12", "conv3x3_r12", "predictive") for a, b in places]) for places in extremes])
+
+
+def test_no_text_is_crossed_whatever_the_cell():
+    for g in cells():
+        boxes, edges = figures.cell_layout(g)
+        assert len(boxes) == 5 + 3 * len(g) + 1
+        rectangles = np.array([box[:4] for box in boxes], float)          # x0, y0, x1, y1
+        for k, (x0, y0, x1, y1) in enumerate(rectangles):
+            others = np.delete(rectangles, k, axis=0)
+            apart = (others[:, 2] < x0) | (others[:, 0] > x1) | (others[:, 3] < y0) | (others[:, 1] > y1)
+            assert apart.all(), g
+            assert all(figures.text_width(word) < x1 - x0 for word in boxes[k][5])        # text stays in its box
+        for _, line, _ in edges:
+            fine = np.linspace(0, 1, 6)[:, None, None]
+            points = (np.array(line[:-1]) * (1 - fine) + np.array(line[1:]) * fine).reshape(-1, 1, 2)
+            inside = ((points > rectangles[:, :2] + 1e-6) & (points < rectangles[:, 2:] - 1e-6)).all(axis=2)
+            assert not inside.any(), g
+
+
+def test_lines_join_what_the_genotype_says():
+    """Following every line from its source arrives at the operations that sample it."""
+    for g in cells():
+        boxes, edges = figures.cell_layout(g)
+        assert [box[4] for box in boxes[:5]] == ["input" if k in g.inputs() else "unused" for k in range(5)]
+        middles = [(x0 + x1) / 2 for x0, _, x1, *_ in boxes]
+        starts = {k: [(middles[k], boxes[k][3])] for k in range(5)}       # where each source's line can be picked up
+        operands = {}                                     # rounded (x, y) of an operation's top -> (node, 0 or 1)
+        for x, (_, y0, _, y1, kind, words) in zip(middles, boxes):
+            if kind == "agg":
+                node = 5 + int(words[1].removeprefix("node"))
+                starts[node] = [(x, y1)]
+                for slot, port in enumerate((x - figures.APART, x + figures.APART)):
+                    operands[round(port), round(y0 - 20 - figures.OP[1])] = node, slot
+        arrivals, lanes = [], []                          # lanes: where they end, one row further down
+        gutters = [edge for edge in edges if len(edge[1]) > 2]            # the others join operation and aggregation
+        for source, line, arrow in sorted(gutters, key=lambda edge: edge[1][0][1]):
+            assert min(math.dist(line[0], start) for start in starts[source]) < 1e-6
+            if arrow:
+                arrivals.append((operands.get((round(line[-1][0]), round(line[-1][1])), "output"), source))
+            else:
+                starts[source].append(line[-1])
+                lanes.append(line[-1])
+                assert any(other == source and math.dist(further[0], line[-1]) < 1e-6 for other, further, _ in gutters)
+        assert all(a[1] != b[1] or abs(a[0] - b[0]) > 20 for a, b in itertools.combinations(lanes, 2))
+        expected = [((5 + k, slot), loc) for k, layer in enumerate(g) for slot, loc in enumerate(layer[:2])]
+        assert sorted(map(str, arrivals)) == sorted(map(str, expected + [("output", k) for k in g.output()]))
+
+
+def test_a_cell_is_drawn_with_its_colours():
+    image = figures.cell(FIRST, "cell-0").finished()
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {figures.SOURCES[1], figures.SOURCES[2]} <= colours            # dec_prev and layer2
+    assert not {figures.SOURCES[k] for k in (0, 3, 4)} & colours          # the unused ones are grey
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fig. 5, label maps
+
+def test_examples_show_the_maps():
+    saved = example()
+    image, palette = figures.examples(saved).finished(), [tuple(colour) for colour in saved["palette"]]
+    for row in range(2):
+        for y, x in ((5, 64), (40, 10), (60, 100), (90, 64)):
+            left, top = 20 + 2 * x, 50 + row * (192 + 40) + 2 * y         # 128 x 96 frames, twice as large
+            label = int(saved["labels"][row, y, x])
+            assert image.getpixel((left, top)) == tuple(saved["images"][row, y, x].tolist())
+            assert image.getpixel((left + 264, top)) == (palette[label] if label != 255 else (0, 0, 0))
+            assert image.getpixel((left + 2 * 264, top)) == palette[1]
+            assert image.getpixel((left + 3 * 264, top)) == palette[int(saved["cell"][row, y, x])]
+
+
+def test_large_frames_shrink():
+    saved = example()
+    for key in ("images", "labels", "baseline", "cell"):
+        saved[key] = saved[key].repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
+    assert figures.examples(saved).width == 4 * 320 + 3 * 8 + 40
+
+
+LABELS, PALETTE = np.array([[0, 1], [2, 255]], np.uint8), np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
+
+
+def test_colourise_by_hand():
+    expected = [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [0, 0, 0]]]
+    for labels, palette in ((LABELS, PALETTE), (torch.from_numpy(LABELS), PALETTE.tolist())):
+        colours = figures.colourise(labels, palette)
+        assert colours.dtype == np.uint8 and colours.tolist() == expected
+
+
+def test_overlay_by_hand():
+    image = np.full((2, 2, 3), 100, np.uint8)
+    expected = [[[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
+    assert figures.overlay(image, LABELS, PALETTE).tolist() == expected
+    assert figures.overlay(image, LABELS, PALETTE, alpha=0).tolist() == image.tolist()
+    assert (image == 100).all()
+
+
+def test_indexed_png_round_trip(tmp_path):
+    labels = np.random.default_rng(0).choice([0, 1, 2, 255], (37, 53)).astype(np.uint8)
+    figures.save_indexed(tmp_path / "a.png", labels, PALETTE)
+    image = Image.open(tmp_path / "a.png")
+    assert image.mode == "P" and (np.array(image) == labels).all()
+    assert (np.array(image.convert("RGB")) == figures.colourise(labels, PALETTE)).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    figures.save_indexed(str(tmp_path / "a.png"), labels.T.astype(np.int64), PALETTE)     # over it, not contiguous
+    assert (np.array(Image.open(tmp_path / "a.png")) == labels.T).all()
+    assert (data.read_label(tmp_path / "a.png", np.arange(256)) == labels.T).all()
