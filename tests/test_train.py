@@ -1,0 +1,307 @@
+"""train.py: the recipe against the paper, training loops that resume, the search's rules, the command line, a whole run."""
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import controller
+import data
+import ops
+import train
+from data import InputError
+from dyncell import Arch2, Genotype
+from train import Recipe, Run, recipe_for
+
+ROOT = pathlib.Path(train.__file__).parent
+
+
+# ---- the recipe
+
+def test_paper_recipe_for_camvid():
+    """Every figure of PAPER.md's Sect. 3.3, 4.1, 4.2 and 6, written out by hand."""
+    r = recipe_for("camvid", "paper")
+    assert (r.static_epochs, r.static_batch, r.static_crop, r.static_scale) == (2000, 32, (600, 600), (0.5, 2.0))
+    assert (r.static_lr_encoder, r.static_lr_decoder, r.momentum, r.auxiliary_weight, r.poly_power) == (0.05, 0.01, 0.9, 0.3, 0.9)
+    assert (r.sequence_length, r.input_crop, r.input_pad, r.input_longer_side) == (3, 600, 400, 0)
+    assert (r.cell_layers, r.meta_val_share, r.search_candidates) == (5, 0.1, 1000)
+    assert (r.search_epochs, r.search_batch, r.cell_lr, r.early_stop) == (20, 48, 0.008, True)
+    assert (r.controller_lr, r.controller_clip, r.controller_baseline_decay) == (0.0001, 0.1, 0.95)
+    assert (r.cells, r.cell_epochs, r.cell_batch) == (2, 10, 16)
+    assert (r.end_epochs, r.end_lr_cell, r.end_lr_static, r.end_crop) == (100, 0.004, 0.0005, (400, 480))
+
+
+def test_paper_recipe_for_cityscapes():
+    r = recipe_for("cityscapes", "paper")
+    assert (r.static_epochs, r.static_batch, r.static_crop, r.static_scale) == (1000, 28, (800, 800), (0.5, 2.0))
+    assert (r.sequence_length, r.input_longer_side, r.input_crop) == (2, 1024, 512)
+    assert (r.cell_layers, r.search_epochs, r.search_batch, r.cell_lr) == (4, 10, 48, 0.008)
+    assert (r.cell_epochs, r.end_epochs, r.cell_batch, r.end_crop) == (200, 200, 16, (769, 769))
+
+
+def test_default_schedules():
+    camvid, _ = train.settle_recipe(pathlib.Path("nowhere"), None, {"dataset": "camvid"}), None
+    assert camvid == recipe_for("camvid", "paper") == Recipe()
+    assert train.settle_recipe(pathlib.Path("nowhere"), None, {}) == recipe_for("synthetic", "short")
+
+
+def test_controller_and_tables_agree():
+    """controller.py imports nothing of ours, so it has the counts as defaults."""
+    tokens = controller.Controller(5).random(500, torch.Generator().manual_seed(0)).reshape(-1, 5)
+    assert tokens[:, 2:4].max() == len(ops.OPERATIONS) - 1 and tokens[:, 4].max() == len(ops.AGGREGATIONS) - 1
+
+
+# ---- loops
+
+def test_poly_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    rates = []
+    for step in range(4):
+        train.poly([optimizer], step, 4, 0.5)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.4, 0.4 * 0.75 ** 0.5, 0.4 * 0.5 ** 0.5, 0.2])
+
+
+def test_cross_entropy_is_the_mean_over_labelled_pixels_nearest_the_centre():
+    labels = torch.full((1, 16, 16), 255, dtype=torch.uint8)
+    labels[0, 4, 4], labels[0, 4, 12], labels[0, 0, 0] = 1, 0, 2          # the last one is nobody's centre
+    logits = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    log_p = logits.double().log_softmax(1)
+    assert train.cross_entropy(logits, labels).item() == pytest.approx(-(log_p[0, 1, 0, 0] + log_p[0, 0, 0, 1]).item() / 2, rel=1e-5)
+    assert train.cross_entropy(logits, torch.full_like(labels, 255)).item() == 0
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A smoke run on few, short synthetic videos."""
+    monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (6, 6), "val": (1, 4), "test": (2, 4)})
+    recipe = recipe_for("synthetic", "smoke", search_batch=4, search_epochs=2)
+    return Run(tmp_path, recipe, device="cpu")
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 8, 11])
+def test_a_stopped_training_ends_with_the_same_weights(run, monkeypatch, stop_at):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    x, y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9.0)[:, None]
+
+    def go(name, stop_at=None):
+        torch.manual_seed(0)
+        model, calls = torch.nn.Linear(4, 1), [0]
+
+        def loss_of(indices, rng):
+            calls[0] += 1
+            if calls[0] == stop_at:
+                raise KeyboardInterrupt
+            return ((model(x[indices] + torch.randn(1, generator=rng)) - y[indices]) ** 2).mean()
+
+        history = train.fit(run, name, model, [torch.optim.Adam(model.parameters(), lr=0.1)], 3, 9, 2, loss_of)
+        return model.weight.detach(), [entry["loss"] for entry in history]
+
+    whole = go("training")
+    run.path("training.partial.pt").unlink(missing_ok=True)
+    with pytest.raises(KeyboardInterrupt):
+        go("training", stop_at)
+    again = go("training")
+    assert torch.equal(whole[0], again[0]) and whole[1] == again[1]
+
+
+def test_a_loss_that_is_not_finite_stops_a_training(run):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(InputError, match="the loss is nan"):
+        train.fit(run, "x", model, [torch.optim.SGD(model.parameters(), lr=1)], 1, 2, 1, lambda i, rng: model.weight.sum() * float("nan"))
+
+
+# ---- the search
+
+def test_meta_split_is_disjoint_in_frames():
+    windows = torch.arange(100)[:, None] + torch.arange(3)
+    for seed in range(20):
+        a, b = train.meta_split(windows, 0.1, torch.Generator().manual_seed(seed))
+        assert not torch.isin(a, b).any() and 10 <= len(b) <= 20 and len(a) >= 100 - len(b) - 8
+
+
+@pytest.fixture
+def parts(run):
+    torch.manual_seed(0)
+    static = run.to_device(Arch2(run.num_classes))
+    for module in static.modules():          # real statistics: with the initial ones layer4 is below half precision
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    static(run.prepared("train", torch.arange(8))[0])
+    static.eval()
+    cache = train.Cache(run, static)
+    return static, cache, *train.meta_split(run.frames("train").windows(3), 0.2, torch.Generator().manual_seed(0))
+
+
+GENOTYPE = Genotype([("dec_prev", "layer2", "skip", "conv1x1", "sum")])
+
+
+def test_cache_holds_what_the_static_network_says(run, parts):
+    static, cache, *_ = parts
+    images, labels = run.prepared("train", torch.tensor([7]))
+    with torch.no_grad(), run.autocast():
+        features = static.encode(images)
+        dec, _ = static.decode(features)
+    for name, x in zip(cache.LAYERS, (*features[1:], dec)):
+        assert (cache(name, torch.tensor([7])) - x).norm() < 0.03 * x.norm()                     # another batch, then half
+    assert torch.equal(cache.labels[7], labels[0])
+
+
+def test_a_candidate_learns_and_is_reproducible(run, parts):
+    a, b = (train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], None) for _ in range(2))
+    other = train.try_candidate(run, *parts[:1], GENOTYPE, 4, *parts[1:], None)
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert a["reward"] > 0 and a["status"] == "ok" and not a["stopped"] and a["reward"] != other["reward"]
+    assert a["reward"] == pytest.approx((a["miou"] * a["fwiou"] * a["macc"]) ** (1 / 3))
+
+
+def test_an_unpromising_candidate_is_stopped_half_way(run, parts):
+    entry = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], average=0.99)
+    assert entry["stopped"] and entry["reward"] == entry["half_reward"] < 0.99
+    run.recipe.early_stop = False
+    entry = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], average=0.99)
+    assert not entry["stopped"] and entry["half_reward"] is None
+
+
+@pytest.mark.parametrize("fault, status", [(lambda *_: torch.tensor(float("inf")), "not finite"),
+                                           (torch.OutOfMemoryError("full"), "out of memory"), (MemoryError(), "out of memory")])
+def test_a_candidate_that_fails_gets_no_reward(run, parts, monkeypatch, fault, status):
+    def cell_loss(*arguments):
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault()
+    monkeypatch.setattr(train, "cell_loss", cell_loss)
+    entry = train.try_candidate(run, *parts[:1], GENOTYPE, 0, *parts[1:], None)
+    assert (entry["status"], entry["reward"]) == (status, 0.0) and json.dumps(entry)
+
+
+def test_any_other_error_stops_the_search_and_names_the_genotype(run, parts, monkeypatch):
+    monkeypatch.setattr(train, "cell_loss", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"candidate 0 failed: node0 = sum\(skip\(dec_prev\)"):
+        train.try_candidate(run, *parts[:1], GENOTYPE, 0, *parts[1:], None)
+
+
+# ---- the command line
+
+@pytest.mark.parametrize("line, said", [
+    ("--dataset kitti", "invalid choice: 'kitti'"),
+    ("--seeed 3", "unrecognized arguments: --seeed 3"),
+    ("--static-epochs many", "argument --static-epochs: invalid int value: 'many'"),
+    ("--static-epochs 0", "--static-epochs 0: must be more than 0"),
+    ("--cell-lr nan", "--cell-lr nan: must be more than 0"),
+    ("--meta-val-share 1.5", "--meta-val-share 1.5: must be below 1"),
+    ("--sequence-length 1", "--sequence-length 1: a cell needs a frame before"),
+    ("--dataset camvid", "--data: needed for camvid"),
+    ("--dataset camvid --data nowhere", "nowhere/train: no such folder"),
+    ("--dataset cityscapes --data nowhere", "nowhere/gtFine/train: no such folder"),
+    ("--stage search", "static.pt: no such file, --stage search needs it"),
+    ("--stage evaluate", "baseline.pt: no such file, --stage evaluate needs it"),
+    ("--encoder-weights nowhere.pth", "nowhere.pth: no such file"),
+    ("--device warp9", "--device warp9"),
+])
+def test_wrong_arguments_are_told_in_one_line(tmp_path, line, said):
+    with pytest.raises(InputError) as error:
+        train.main([*line.split(), "--run", str(tmp_path / "run")])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_exit_status_is_2_with_one_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--static-batch", "-1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --static-batch -1: must be more than 0\n" and not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    torch.save({"static": Evil()}, tmp_path / "static.pt")
+    with pytest.raises(InputError, match="static.pt: cannot be read"):
+        train.load(tmp_path / "static.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_encoder_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth: not torchvision's mobilenet_v2"):
+        train.load_encoder(Arch2(2).encoder, tmp_path / "other.pth")
+
+
+# ---- a whole run
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--schedule", "smoke", "--run", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def copy_of(smoke, tmp_path):
+    return pathlib.Path(shutil.copytree(smoke[0], tmp_path / "run"))
+
+
+def test_smoke_run_writes_its_folder_and_its_table(smoke):
+    folder, done = smoke
+    for name in "recipe.json static.pt search.jsonl controller.pt baseline.pt cell-0.pt cell-1.pt results.json".split():
+        assert (folder / name).exists()
+    assert not list(folder.glob("*.partial.pt")) and not list(folder.glob("*.writing")) and done.stderr == ""
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["static", "baseline", "cell-0", "cell-1"]
+    for row in rows:
+        assert f"{row['title']:38}" in done.stdout and f"{100 * row['test']['miou']:6.1f}" in done.stdout
+        assert 0 < row["test"]["miou"] < 1 and 0 <= row["test"]["consistency"] <= 1 and row["ms_later_frame"] > 0
+    log = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    assert [entry["candidate"] for entry in log] == [0, 1, 2, 3]
+    best = max(log, key=lambda entry: entry["reward"])
+    assert rows[2]["genotype"] == str(Genotype.from_tokens(best["tokens"]))
+    assert json.loads((folder / "recipe.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(recipe_for("synthetic", "smoke"))))
+
+
+def test_the_same_command_again_skips_what_stands(smoke, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in smoke[0].iterdir() if p.name != "lock"}
+    train.main(["--schedule", "smoke", "--run", str(smoke[0])])
+    out = capsys.readouterr().out
+    assert out.count("skipped") == 4 and "per-frame baseline, trained as long" in out
+    assert before == {p.name: p.stat().st_mtime_ns for p in smoke[0].iterdir() if p.name != "lock"}
+
+
+def test_a_search_that_was_cut_goes_on_to_the_same_log(smoke, tmp_path, capsys):
+    folder = copy_of(smoke, tmp_path)
+    log = (folder / "search.jsonl").read_text()
+    (folder / "controller.pt").unlink()
+    (folder / "search.jsonl").write_text("".join(log.splitlines(True)[:3]) + '{"candidate": 3, "rew')
+    # In a process of its own with the first run's threads, since sums in another order round differently.
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--run", folder, "--stage", "search"], capture_output=True, text=True)
+    assert done.returncode == 0 and "the last line is torn, cut off" in done.stdout
+
+    def same(text):
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+    assert same((folder / "search.jsonl").read_text()) == same(log)
+    a, b = (torch.load(f / "controller.pt", weights_only=True)["controller"] for f in (folder, smoke[0]))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_another_recipe_is_refused_by_field(smoke, tmp_path):
+    with pytest.raises(InputError, match="static_epochs 1 there, 7 now"):
+        train.main(["--run", str(smoke[0]), "--static-epochs", "7"])
+    with pytest.raises(InputError, match="is the recipe of another run"):
+        train.main(["--run", str(smoke[0]), "--schedule", "short"])
+    folder = copy_of(smoke, tmp_path)
+    (folder / "controller.pt").unlink()
+    lines = (folder / "search.jsonl").read_text().splitlines(True)
+    (folder / "search.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(InputError, match="candidate 0 is not the one that this recipe samples"):
+        train.main(["--run", str(folder), "--stage", "search"])
+
+
+def test_two_processes_on_one_run(smoke):
+    import fcntl
+    with open(smoke[0] / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process works on this run"):
+            train.main(["--run", str(smoke[0])])

@@ -1,0 +1,944 @@
+"""The whole method in one command: pretrain, search, finetune, evaluate (Sect. 4, 6).
+
+    python train.py                                                       synthetic videos, minutes on a CPU
+    python train.py --dataset camvid --data DIR                           the paper's recipe (a GPU's work)
+    python train.py --dataset camvid --data DIR --schedule short          the same steps, about two hours on a CPU
+    python train.py --dataset camvid --data DIR --stage evaluate          one stage
+    python train.py --help                                                every hyper-parameter and its section
+
+In the order of the work: the recipe, the run folder, training loops, the four stages, the command line.
+Everything a run makes lies in one folder (runs/DATASET unless --run says otherwise); the same command again
+goes on where it stopped, to the same result.
+"""
+import argparse
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import figures
+from controller import PPO, Controller
+from data import Confusion, Consistency, Frames, InputError
+from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter, fold_batchnorm
+from ops import milliseconds, parameters
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The recipe: every hyper-parameter, where the paper gives it, and three schedules
+
+def field(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Recipe:
+    """The defaults are the paper's for CamVid. [ours] marks what it doesn't say. Each field is a flag."""
+
+    dataset: str = field("camvid", "camvid, cityscapes or synthetic")
+    seed: int = field(0, "every random choice comes from it")
+    encoder_weights: str = field("imagenet", "imagenet (downloaded once), a local file in torchvision's keys, or none (Sect. 3.1)")
+    # Static pre-training
+    static_epochs: int = field(2000, "Sect. 6: epochs of pre-training")
+    static_batch: int = field(32, "Sect. 6: images a batch")
+    static_crop: tuple[int, int] = field((600, 600), "Sect. 6: random crop, height and width")
+    static_scale: tuple[float, float] = field((0.5, 2.0), "Sect. 6: random scale, from and to")
+    static_lr_encoder: float = field(5e-2, "Sect. 6: SGD's learning rate, encoder")
+    static_lr_decoder: float = field(1e-2, "Sect. 6: SGD's learning rate, decoder")
+    momentum: float = field(0.9, "Sect. 4.2, 6: momentum of SGD")
+    weight_decay: float = field(1e-5, "[ours], from [18]: weight decay of SGD")
+    poly_power: float = field(0.9, "Sect. 6, power [ours]: rate * (1 - step / steps) ** power, in every training")
+    auxiliary_weight: float = field(0.3, "Sect. 6: weight of the auxiliary classifiers' losses")
+    validate_every: int = field(100, "[ours]: epochs between looks at the val split while pre-training; 0 never")
+    # Search
+    sequence_length: int = field(3, "Sect. 4.1: consecutive frames in a training sequence")
+    input_longer_side: int = field(0, "Sect. 4.1: for the search, images are resized so; 0 leaves them (CityScapes: 1024)")
+    input_crop: int = field(600, "Sect. 4.1: for the search, images are cropped to this square, at the centre")
+    input_pad: int = field(400, "Sect. 4.1: shorter side mean-padded to this: 480x360 -> 480x400; 0 for none")
+    cell_layers: int = field(5, "Sect. 3.2: layers of a cell, L")
+    meta_val_share: float = field(0.1, "Sect. 4.1: share of the training sequences that score the candidates")
+    search_candidates: int = field(1000, "[ours]: number of sampled cells")
+    search_epochs: int = field(20, "Sect. 4.1: epochs a candidate")
+    search_batch: int = field(48, "Sect. 4.1: sequences a batch")
+    cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's learning rate for a cell on the frozen static network")
+    early_stop: bool = field(True, "Sect. 3.3: stop a candidate half way that is below the running average")
+    early_stop_decay: float = field(0.9, "[ours]: decay of that running average")
+    controller_lr: float = field(1e-4, "Sect. 4.1: Adam's learning rate for the controller")
+    controller_clip: float = field(0.1, "[18]: PPO's clip")
+    controller_baseline_decay: float = field(0.95, "[18]: decay of the reward's running mean")
+    controller_rollout: int = field(1, "[ours], measured in controller.py: candidates an update")
+    controller_epochs: int = field(4, "[ours], measured in controller.py: optimiser steps an update")
+    controller_entropy: float = field(1e-3, "[ours]: weight of the entropy bonus")
+    # End-to-end training
+    cells: int = field(2, "Sect. 4.2: number of best cells trained on the full training split")
+    cell_epochs: int = field(10, "Sect. 4.2: epochs of the cell alone, static network frozen")
+    cell_batch: int = field(16, "Sect. 4.2: sequences a batch, cell alone and end to end")
+    end_epochs: int = field(100, "Sect. 4.2: epochs end to end")
+    end_lr_cell: float = field(4e-3, "Sect. 4.2: Adam's learning rate for the cell, end to end")
+    end_lr_static: float = field(5e-4, "Sect. 4.2: SGD's learning rate for the static network, end to end")
+    end_crop: tuple[int, int] = field((400, 480), "Sect. 4.2: crop (where the image is smaller: mean-padding), height and width")
+    end_scale: tuple[float, float] = field((1.0, 1.0), "[ours]: random scale end to end")
+    # Evaluation
+    key_frames: tuple[int, int, int] = field((0, 10, 3), "[ours]: key-frame distances to evaluate; 0: first frame of a clip only")
+
+
+CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), sequence_length=2, input_longer_side=1024,
+                  input_crop=512, input_pad=0, cell_layers=4, search_epochs=10, cell_epochs=200, end_epochs=200,
+                  end_crop=(769, 769), validate_every=50, key_frames=(0, 0, 0))
+# Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
+SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
+             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=40, search_epochs=2, search_batch=16,
+             controller_lr=3e-3, controller_rollout=4, cell_epochs=8, cell_batch=8, end_epochs=3, end_crop=(288, 384),
+             end_scale=(0.7, 1.4))
+SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
+                 validate_every=5, cell_layers=3, search_candidates=8, search_epochs=4, controller_rollout=4, cell_epochs=8,
+                 cell_batch=16, end_crop=(96, 128), end_scale=(1.0, 1.0), end_epochs=1,
+                 key_frames=(0, 3, 3))
+SMOKE = dict(static_epochs=1, static_batch=8, static_crop=(64, 64), validate_every=0, input_pad=0, search_candidates=4, search_epochs=1,
+             search_batch=32, key_frames=(0, 0, 0), controller_rollout=2, cell_epochs=1, cell_batch=32, end_epochs=1, end_crop=(64, 64), cell_layers=2)
+SCHEDULES = {
+    ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES, ("synthetic", "paper"): dict(encoder_weights="none"),
+    ("camvid", "short"): SHORT, ("cityscapes", "short"): {**CITYSCAPES, **SHORT}, ("synthetic", "short"): {**SHORT, **SYNTHETIC},
+    ("camvid", "smoke"): SMOKE, ("cityscapes", "smoke"): {**CITYSCAPES, **SMOKE},
+    ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
+}
+
+
+def recipe_for(dataset, schedule, **changes):
+    """The recipe of a schedule (paper, short or smoke) for a dataset, with changes."""
+    return Recipe(**{"dataset": dataset, **SCHEDULES[dataset, schedule], **changes})
+
+
+def generator(*key):
+    """A random generator for (seed, what it is for, ...): what one stage draws never depends on another."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run folder: one place that saves, one that loads, one that reports
+
+def save(path, content):
+    """Writes beside, flushes, renames: a file is whole or not there. Tensors and plain values, or JSON by name."""
+    path = pathlib.Path(path)
+    beside = path.with_name(path.name + ".writing")
+    with open(beside, "wb") as file:
+        if path.suffix == ".json":
+            file.write(json.dumps(content, indent=1).encode())
+        else:
+            torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load(path):
+    """What save() wrote. Raises InputError naming the file."""
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:80]}); "
+                         "remove it to make it anew") from None
+
+
+def read_log(path):
+    """The lines of a JSON-lines log. A torn last line (the machine stopped while it was written) is cut off."""
+    if not path.exists():
+        return []
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        print(f"{path}: the last line is torn, cut off")
+        with open(path, "r+b") as file:
+            file.truncate(len(whole + newline))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        raise InputError(f"{path}: a line is not JSON; restore it or remove the file to search anew") from None
+
+
+def append_log(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Progress:
+    """One line of progress: rewritten on a terminal, else a plain line now and then. On the way it says how long the
+    stage will take on this device, once it has been measured."""
+
+    def __init__(self, stage, steps, done=0):
+        self.stage, self.steps, self.first = stage, steps, done
+        self.start = self.last = time.time()
+        self.tty, self.estimated = sys.stdout.isatty(), False
+
+    def update(self, step, **figures):
+        now, made = time.time(), step - self.first
+        left = (now - self.start) / max(made, 1) * (self.steps - step)
+        if not self.estimated and made > 1 and now - self.start > 5:
+            self.estimated = True
+            self._print(f"{self.stage}: {self.steps} steps, {(now - self.start) / made:.2f} s each: about {duration(left)}", "\n")
+        if now - self.last > (0.2 if self.tty else 30) or step == self.steps:
+            self.last = now
+            text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self._print(f"{self.stage} {step}/{self.steps}  {text}  {duration(left)} left",
+                        "" if self.tty and step < self.steps else "\n")
+
+    def _print(self, text, end):
+        print(("\r\033[K" if self.tty else "") + text, end=end, flush=True)
+
+
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class Run:
+    """A run's folder, its recipe, its device and its data."""
+
+    def __init__(self, folder, recipe, root=None, device=None):
+        self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            self.device = torch.zeros(0, device=device or best).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {device}: cannot be used here ({str(error).splitlines()[0][:80]})") from None
+        self.num_classes = len(data.DATASETS[recipe.dataset].classes)
+        self._frames = {}
+
+    def path(self, name):
+        return self.folder / name
+
+    def frames(self, split):
+        """Frames of a split, read once."""
+        if split not in self._frames:
+            dataset = data.DATASETS[self.recipe.dataset](self.root, split)
+            self._frames[split] = Frames(dataset, in_memory=self.recipe.dataset != "cityscapes", device=self.device)
+        return self._frames[split]
+
+    def prepared(self, split, index):
+        """Frames as the search and the evaluation see them (Sect. 4.1): images (N, 3, H, W), labels (N, H, W)."""
+        r, (images, labels) = self.recipe, self.frames(split)[index]
+        images = data.normalise(images)
+        if r.input_longer_side:
+            scale = r.input_longer_side / max(labels.shape[-2:])
+            size = [round(scale * side) for side in labels.shape[-2:]]
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+            labels = shrink(labels, size)
+        top, left = (max(0, side - r.input_crop) // 2 for side in labels.shape[-2:])
+        images, labels = (x[..., top:top + r.input_crop, left:left + r.input_crop] for x in (images, labels))
+        images, labels = data.pad(images, labels, r.input_pad)
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    def autocast(self):
+        """bf16 where the device has it. Only with channels_last: without, a depthwise convolution is 20x slower on a CPU."""
+        capable = (torch.cuda.is_bf16_supported() if self.device.type == "cuda" else self.device.type == "cpu" and
+                   any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
+        return torch.autocast(self.device.type, torch.bfloat16) if capable else contextlib.nullcontext()
+
+    def to_device(self, module):
+        return module.to(self.device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training loops
+
+SAVE_SECONDS = 60                            # between checkpoints of a training, which are made after an epoch
+
+
+def shrink(labels, size):
+    """Labels (N, H, W) at another size, by the nearest pixel: the loss is taken at 1/8 of the image."""
+    return F.interpolate(labels[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].to(torch.uint8)
+
+
+def cross_entropy(logits, labels):
+    """Mean over the labelled pixels; logits (N, C, h, w), labels (N, H, W) uint8. Zero where all is ignored."""
+    labels = shrink(labels, logits.shape[-2:]).long()
+    total = F.cross_entropy(logits.float(), labels, ignore_index=data.IGNORE, reduction="sum")
+    return total / (labels != data.IGNORE).sum().clamp(min=1)
+
+
+class NotFinite(ArithmeticError):
+    """The loss is NaN or infinite."""
+
+
+def epoch_batches(count, batch, rng):
+    """Shuffled indices 0..count-1 in batches; a smaller last one is dropped, as its batch norm would be noisier."""
+    order = torch.randperm(count, generator=rng)
+    batch = min(batch, count)
+    return [order[k:k + batch] for k in range(0, count - batch + 1, batch)]
+
+
+def poly(optimizers, step, steps, power):
+    """Sect. 6: every group's rate is its first one times (1 - step / steps) ** power."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - step / steps) ** power
+
+
+def train_step(loss, optimizers, step, steps, power):
+    """One update of all optimisers; the loss as a number. Raises NotFinite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NotFinite(f"the loss is {value} at step {step} of {steps}")
+    poly(optimizers, step, steps, power)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return value
+
+
+def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=None, validate_every=0):
+    """Trains the model and returns its history, a dict an epoch. Saves every minute; goes on from there.
+
+    loss_of(indices, rng) gives the loss of a batch of indices below `count`. Every random choice of epoch e
+    comes from (seed, name, e): a run that was stopped goes on exactly as if it had not been."""
+    partial, history, since = run.path(f"{name}.partial.pt"), [], time.time()
+    if partial.exists():
+        saved = load(partial)
+        history = saved["history"]
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        print(f"{name}: going on after epoch {len(history)}")
+    a_epoch = len(epoch_batches(count, batch, generator(0)))
+    steps = epochs * a_epoch
+    progress = Progress(name, steps, done=len(history) * a_epoch)
+    for epoch in range(len(history), epochs):
+        rng, losses, start = generator(run.recipe.seed, name, epoch), [], time.time()
+        for indices in epoch_batches(count, batch, rng):
+            step = epoch * a_epoch + len(losses)
+            try:
+                losses.append(train_step(loss_of(indices, rng), optimizers, step, steps, run.recipe.poly_power))
+            except NotFinite as error:
+                raise InputError(f"{name}: {error}; try a smaller learning rate or another --seed") from None
+            progress.update(step + 1, epoch=epoch + 1, loss=losses[-1], rate=optimizers[0].param_groups[0]["lr"])
+        entry = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "seconds": time.time() - start}
+        if validate and validate_every and (epoch + 1) % validate_every == 0 or validate and epoch + 1 == epochs:
+            entry["val_miou"] = validate()
+            progress._print(f"{name}: epoch {epoch + 1}, loss {entry['loss']:.4f}, val mIoU {100 * entry['val_miou']:.1f} %", "\n")
+        history.append(entry)
+        if time.time() - since > SAVE_SECONDS and epoch + 1 < epochs:
+            since = time.time()
+            save(partial, {"model": model.state_dict(), "history": history,
+                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    return history
+
+
+def finish(run, name, content):
+    """The result of a training takes the place of its partial checkpoint."""
+    save(run.path(f"{name}.pt"), content)
+    run.path(f"{name}.partial.pt").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 1, pretrain: the static network (Sect. 6)
+
+IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"         # torchvision's; the name ends in its SHA-256
+
+
+def load_encoder(encoder, source):
+    """ImageNet weights into the encoder: "imagenet" (downloaded once by torch.hub), a file, or "none"."""
+    if source == "none":
+        print("the encoder starts from random weights (--encoder-weights none): on real images this costs much accuracy")
+        return
+    if source == "imagenet":
+        try:
+            state = torch.hub.load_state_dict_from_url(IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
+        except OSError as error:             # urllib's errors are OSErrors
+            raise InputError(f"{IMAGENET}: cannot be downloaded ({error}); get it elsewhere and pass "
+                             "--encoder-weights FILE, or pass --encoder-weights none") from None
+    else:
+        state = load(source)
+    try:
+        encoder.load_imagenet(state)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{source}: {error}; --encoder-weights takes torchvision's mobilenet_v2") from None
+
+
+def pretrain(run):
+    r, frames = run.recipe, run.frames("train")
+    torch.manual_seed(generator(r.seed, "static").initial_seed())
+    model = Arch2(run.num_classes, auxiliary=True)
+    load_encoder(model.encoder, r.encoder_weights)
+    model = run.to_device(model)
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    optimizer = torch.optim.SGD([{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
+                                 {"params": decoder, "lr": r.static_lr_decoder}],
+                                momentum=r.momentum, weight_decay=r.weight_decay)
+
+    def loss_of(indices, rng):
+        model.train()
+        images, labels = data.augment(*frames[indices[:, None]], r.static_crop, r.static_scale, generator=rng)
+        images, labels = images[:, 0].contiguous(memory_format=torch.channels_last), labels[:, 0]
+        with run.autocast():
+            pred, auxiliary = model.forward_auxiliary(images)
+        return cross_entropy(pred, labels) + r.auxiliary_weight * sum(cross_entropy(a, labels) for a in auxiliary)
+
+    def validate():
+        return evaluate_video(run, VideoSegmenter(model, None), "val")[0]["miou"]
+
+    labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
+    history = fit(run, "static", model, [optimizer], r.static_epochs, len(labelled), r.static_batch,
+                  lambda indices, rng: loss_of(labelled[indices], rng), validate, r.validate_every)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("auxiliary.")}
+    finish(run, "static", {"static": state, "history": history})
+
+
+def load_static(run, name="static"):
+    """The static network of a checkpoint, on the device, in eval mode."""
+    model = Arch2(run.num_classes)
+    model.load_state_dict(load(run.path(f"{name}.pt"))["static"])
+    return run.to_device(model).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 2, search: candidates on the frozen static network's outputs (Sect. 3.3, 4.1)
+
+class Cache:
+    """What the frozen static network says of every frame, in memory, in half precision: a candidate's training
+    never runs the encoder. One tensor a layer; a batch is an indexing by frame number."""
+
+    LAYERS = "layer2", "layer3", "layer4", "dec"
+
+    @torch.no_grad()
+    def __init__(self, run, static, split="train", batch=8):
+        count = len(run.frames(split).list)
+        progress, parts = Progress(f"static outputs of {split}", count), []
+        for k in range(0, count, batch):
+            index = torch.arange(k, min(k + batch, count))
+            images, labels = run.prepared(split, index)
+            with run.autocast():
+                features = static.encode(images)
+                dec, _ = static.decode(features)
+            parts.append([x.half() for x in (*features[1:], dec)] + [labels, shrink(labels, dec.shape[-2:])])
+            progress.update(index[-1].item() + 1)
+        *layers, self.labels, self.small_labels = (torch.cat(part) for part in zip(*parts))
+        self.layers = dict(zip(self.LAYERS, layers))
+
+    def __call__(self, name, index):
+        """(B, C, h, w) float32, channels_last."""
+        return self.layers[name][index].float().contiguous(memory_format=torch.channels_last)
+
+    def roll(self, cell, window):
+        """Runs a cell over sequences (B, T) of frame numbers: the static network's outputs of the first frame, then
+        the cell. Yields pred and the frame numbers (B,), for every frame after the first."""
+        layer4, dec = self("layer4", window[:, 0]), self("dec", window[:, 0])
+        for index in window[:, 1:].T:
+            current = self("layer4", index)
+            dec, pred = cell(layer4, dec, self("layer2", index), self("layer3", index), current)
+            layer4 = current
+            yield pred, index
+
+
+def meta_split(windows, share, rng):
+    """Sect. 4.1: meta-train and meta-val, at random, disjoint: (N, T) sequences of frame numbers each.
+
+    [ours] Neighbouring sequences share frames. So runs of about 12 neighbours are drawn into meta-val, not single
+    sequences, and a sequence that shares a frame with one of those is in neither."""
+    runs = windows.split(max(1, min(12, round(share * len(windows)))))
+    order, val = torch.randperm(len(runs), generator=rng).tolist(), []
+    while order and sum(map(len, val)) < share * len(windows):
+        val.append(runs[order.pop()])
+    train, val = torch.cat([runs[k] for k in sorted(order)]) if order else windows[:0], torch.cat(val)
+    train = train[~torch.isin(train, val).any(dim=1)]
+    if not len(train):
+        raise InputError(f"{len(windows)} sequences are too few for a search; --meta-val-share {share} leaves none to train on")
+    return train, val
+
+
+def new_cell(run, static, genotype, rng):
+    """A cell whose classifier starts as a copy of the static one (Sect. 3.2)."""
+    torch.manual_seed(rng.initial_seed())
+    cell = DynamicCell(genotype, run.num_classes)
+    cell.classifier.load_state_dict(static.classifier.state_dict())
+    return run.to_device(cell)
+
+
+def cell_loss(run, cell, cache, window):
+    """Cross-entropy summed over every frame after the first (Sect. 4.1), at 1/8 resolution."""
+    with run.autocast():
+        return sum(cross_entropy(pred, cache.small_labels[index]) for pred, index in cache.roll(cell, window))
+
+
+@torch.no_grad()
+def score(run, cell, cache, windows, batch):
+    """Scores at the labels' resolution over every frame after the first."""
+    cell.eval()
+    confusion = Confusion(run.num_classes)
+    for window in windows.split(batch):
+        with run.autocast():
+            for pred, index in cache.roll(cell, window):
+                labels = cache.labels[index]
+                pred = F.interpolate(pred.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+                confusion.update(pred.argmax(1), labels)
+    return confusion.scores()
+
+
+def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average):
+    """Trains candidate k; its log entry. average: running average of the half-way rewards so far, or None."""
+    r, start = run.recipe, time.time()
+    entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
+    try:
+        cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
+        entry["parameters"] = parameters(cell)
+        optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr)
+        batches = [batch for epoch in range(r.search_epochs) for batch in
+                   epoch_batches(len(meta_train), r.search_batch, generator(r.seed, "candidate", k, epoch))]
+        for step, indices in enumerate(batches):
+            if step == len(batches) // 2 and r.early_stop:
+                scores = score(run, cell, cache, meta_val, r.search_batch)
+                entry["half_reward"] = scores.reward
+                if average is not None and scores.reward < average:
+                    entry["stopped"] = True
+                    break
+            cell.train()
+            train_step(cell_loss(run, cell, cache, meta_train[indices]), [optimizer], step, len(batches), r.poly_power)
+        else:
+            scores = score(run, cell, cache, meta_val, r.search_batch)
+        entry.update(reward=scores.reward, miou=scores.miou, fwiou=scores.fwiou, macc=scores.macc)
+    except NotFinite as error:
+        entry.update(status="not finite", reason=str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        entry.update(status="out of memory", reason=str(error)[:200])
+    except Exception as error:
+        raise RuntimeError(f"candidate {k} failed: {genotype}") from error
+    tokens = genotype.to_tokens()
+    return {**entry, "seconds": round(time.time() - start, 2), "tokens": tokens, "genotype": json.loads(genotype.to_json())}
+
+
+def search(run):
+    """The log is the truth: a search that goes on replays it. The controller draws the same tokens, takes the logged
+    rewards, makes the same updates, and trains only the candidates that the log does not have."""
+    r, path = run.recipe, run.path("search.jsonl")
+    log, context = read_log(path), None
+    if log:
+        print(f"search: {len(log)} candidates stand in {path}")
+    torch.manual_seed(generator(r.seed, "controller").initial_seed())
+    controller = Controller(r.cell_layers)
+    ppo = PPO(controller, learning_rate=r.controller_lr, clip=r.controller_clip, baseline_decay=r.controller_baseline_decay,
+              epochs=r.controller_epochs, entropy_weight=r.controller_entropy)
+    average, best, progress = None, 0.0, Progress("search", r.search_candidates, done=len(log))
+    for first in range(0, r.search_candidates, r.controller_rollout):
+        count = min(r.controller_rollout, r.search_candidates - first)
+        tokens, log_prob = controller.sample(count, generator(r.seed, "sample", first))
+        rewards = []
+        for k in range(first, first + count):
+            genotype = Genotype.from_tokens(tokens[k - first])
+            if k < len(log):
+                entry = log[k]
+                if entry.get("tokens") != genotype.to_tokens():
+                    raise InputError(f"{path}: candidate {k} is not the one that this recipe samples; was the file changed, "
+                                     "or made by another version? Use another --run")
+            else:
+                if context is None:
+                    static = load_static(run)
+                    cache = Cache(run, static)
+                    meta_train, meta_val = meta_split(run.frames("train").windows(r.sequence_length), r.meta_val_share,
+                                                      generator(r.seed, "meta"))
+                    context = cache, meta_train, meta_val
+                    print(f"search: {len(meta_train)} sequences to train on, {len(meta_val)} to score on")
+                    progress.start = time.time()
+                entry = try_candidate(run, static, genotype, k, *context, average)
+                append_log(path, entry)
+            if entry["half_reward"] is not None:
+                average = entry["half_reward"] if average is None else \
+                    r.early_stop_decay * average + (1 - r.early_stop_decay) * entry["half_reward"]
+            rewards.append(entry["reward"])
+            best = max(best, entry["reward"])
+            progress.update(k + 1, reward=entry["reward"], best=best, half_way_average=average or 0)
+        figures = ppo.update(tokens, log_prob, torch.tensor(rewards))
+    save(run.path("controller.pt"), {"controller": controller.state_dict(), "last_update": figures})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 3, finetune: the best cells on the full training split (Sect. 4.2)
+
+def best_genotypes(run):
+    """The `cells` best different genotypes of the search's log."""
+    ranked = sorted(read_log(run.path("search.jsonl")), key=lambda entry: -entry["reward"])
+    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in ranked))[:run.recipe.cells]
+
+
+def finetune(run):
+    """The baseline trained as long, then each cell: alone, then end to end."""
+    cache = None
+    for name, genotype in [("baseline", None)] + [(f"cell-{k}", g) for k, g in enumerate(best_genotypes(run))]:
+        if run.path(f"{name}.pt").exists():
+            continue
+        static, cell, history = load_static(run), None, []
+        if genotype is not None:
+            print(f"{name}: {genotype}")
+            cell = new_cell(run, static, genotype, generator(run.recipe.seed, name))
+            if run.path(f"{name}-alone.pt").exists():
+                cell.load_state_dict(load(run.path(f"{name}-alone.pt"))["cell"])
+            else:
+                cache = cache or Cache(run, static)
+                history = fit_cell_alone(run, f"{name}-alone", cell, cache)
+                finish(run, f"{name}-alone", {"cell": cell.state_dict(), "genotype": genotype.to_json(), "history": history})
+        video, history = fit_end_to_end(run, name, VideoSegmenter(static, cell))
+        finish(run, name, {"static": video.static.state_dict(), "history": history,
+                           **({"cell": cell.state_dict(), "genotype": genotype.to_json()} if cell else {})})
+
+
+def fit_cell_alone(run, name, cell, cache):
+    """Sect. 4.2: static network frozen, so on its stored outputs, like a candidate, but on the full training split."""
+    r, windows = run.recipe, run.frames("train").windows(run.recipe.sequence_length)
+    cell.train()
+    return fit(run, name, cell, [torch.optim.Adam(cell.parameters(), lr=r.cell_lr)], r.cell_epochs, len(windows),
+               r.cell_batch, lambda indices, rng: cell_loss(run, cell, cache, windows[indices]))
+
+
+def fit_end_to_end(run, name, video):
+    """Sect. 4.2: the cell by Adam, the static network by SGD. The same for the baseline, which has no cell.
+
+    [ours] Every frame's loss counts, the key frame's too: else nothing would hold the static classifier to a decoder
+    that changes. The static network's batch norms keep their statistics."""
+    r, frames = run.recipe, run.frames("train")
+    windows = frames.windows(r.sequence_length)
+    optimizers = [torch.optim.SGD(video.static.parameters(), lr=r.end_lr_static, momentum=r.momentum, weight_decay=r.weight_decay)]
+    if video.cell is not None:
+        optimizers.append(torch.optim.Adam(video.cell.parameters(), lr=r.end_lr_cell))
+
+    def loss_of(indices, rng):
+        video.train()
+        video.static.eval()
+        images, labels = data.augment(*frames[windows[indices]], r.end_crop, r.end_scale, generator=rng)
+        with run.autocast():
+            logits = video(images)                                        # (B, T, C, h, w)
+        return sum(cross_entropy(logits[:, t], labels[:, t]) for t in range(labels.shape[1]))
+
+    history = fit(run, name, video, optimizers, r.end_epochs, len(windows), r.cell_batch, loss_of)
+    return video, history
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 4, evaluate: every frame of every clip, in time order
+
+@torch.no_grad()
+def stream(run, video, images, key_frame_every=0):
+    """(H, W, 3) uint8 images of one clip, in time order -> (H, W) uint8 label maps, one at a time.
+
+    The static network on the first image and on every key frame, the cell on all others. float32; nothing is
+    kept but the state, so a stream may be endless. The images are padded as in training (Sect. 4.1)."""
+    state = None
+    for t, image in enumerate(images):
+        size = image.shape[:2]
+        x, where = data.pad(data.normalise(image[None].to(run.device)), torch.zeros(1, *size), run.recipe.input_pad)
+        top, left = ((a - b) // 2 for a, b in zip(where.shape[-2:], size))
+        if key_frame_every and t % key_frame_every == 0:
+            state = None
+        logits, state = video.step(x.contiguous(memory_format=torch.channels_last), state)
+        logits = F.interpolate(logits, size=where.shape[-2:], mode="bilinear", align_corners=False)
+        yield logits.argmax(1)[0, top:top + size[0], left:left + size[1]].to(torch.uint8)
+
+
+def for_inference(video):
+    return fold_batchnorm(video).to(memory_format=torch.channels_last)
+
+
+def evaluate_video(run, video, split, key_frame_every=0, consistency=3):
+    """Every frame of every clip of a split, at the labels' resolution.
+
+    Returns miou, fwiou, macc, consistency over that many frames, iou by class; and the label maps, uint8."""
+    video, frames, preds = for_inference(video), run.frames(split), []
+    confusion, steady = Confusion(run.num_classes), Consistency(consistency)
+    for clip in frames.clips():
+        for index, pred in zip(clip, stream(run, video, (frames[k][0] for k in clip), key_frame_every)):
+            confusion.update(pred, frames[index][1])
+            preds.append(pred.cpu())
+    for window in frames.windows(consistency).tolist():
+        steady.update([preds[k] for k in window], [frames[k][1].cpu() for k in window])
+    scores = confusion.scores()
+    return {"miou": scores.miou, "fwiou": scores.fwiou, "macc": scores.macc, "consistency": steady.score(),
+            "iou": dict(zip(frames.dataset.classes, [None if math.isnan(v) else v for v in scores.iou]))}, preds
+
+
+def load_video(run, name):
+    """The network of a checkpoint (static, baseline or cell-K), on the device, in eval mode."""
+    saved = load(run.path(f"{name}.pt"))
+    static, cell = Arch2(run.num_classes), None
+    static.load_state_dict(saved["static"])
+    if "cell" in saved:
+        cell = DynamicCell(Genotype.from_json(saved["genotype"]), run.num_classes)
+        cell.load_state_dict(saved["cell"])
+    return run.to_device(VideoSegmenter(static, cell)).eval()
+
+
+@torch.no_grad()
+def frame_times(run, video):
+    """Milliseconds of a key frame and of a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
+    image, _ = run.frames("val")[0]
+    image, video = data.normalise(image[None]).contiguous(memory_format=torch.channels_last), for_inference(video)
+    _, state = video.step(image)
+    return milliseconds(video.step, image, repeats=15), milliseconds(lambda x: video.step(x, state), image, repeats=15)
+
+
+def evaluate(run):
+    """Every network on val and test; the table's rows, and for Figs. 5 and 6 the frames on which two of them differ most."""
+    r, rows, kept = run.recipe, [], {}
+    splits = ("val",) if r.dataset == "cityscapes" else ("val", "test")   # CityScapes keeps its test labels
+    cells = [f"cell-{k}" for k in range(len(best_genotypes(run)))]
+    titles = {"static": "per-frame baseline", "baseline": "per-frame baseline, trained as long"}
+    for name in (*titles, *cells):
+        video = load_video(run, name)
+        key_ms, later_ms = frame_times(run, video)
+        for every in dict.fromkeys(r.key_frames) if video.cell else (1,):
+            row = {"name": name, "title": titles.get(name, name), "key_frame_every": every, "parameters": parameters(video),
+                   "ms_key_frame": key_ms, "ms_later_frame": later_ms,
+                   "genotype": str(video.cell.genotype) if video.cell else None}
+            for split in splits:
+                row[split], preds = evaluate_video(run, video, split, every)
+            rows.append(row)
+            kept.setdefault(name, preds)                                  # of the reported split, the first key_frame_every
+            print(f"evaluate: {row['title']}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %", flush=True)
+    best = max(cells, key=lambda name: next(row["val"]["miou"] for row in rows if row["name"] == name))
+    save(run.path("examples.pt"), differing_frames(run, splits[-1], kept["baseline"], kept[best], best))
+    save(run.path("results.json"), {"rows": rows, "reported": splits[-1], "device": str(run.device), "best": best,
+                                    "threads": torch.get_num_threads(), "torch": torch.__version__})
+
+
+def differing_frames(run, split, baseline, cell, cell_name, count=4, apart=20):
+    """Rows of Figs. 5 and 6: the frames where the largest share of labelled pixels differs between the two networks'
+    answers, at least `apart` frames from each other. [ours]"""
+    frames, chosen = run.frames(split), []
+    share = [((a != b) & (frames[k][1].cpu() != data.IGNORE)).float().mean().item() for k, (a, b) in enumerate(zip(baseline, cell))]
+    for k in sorted(range(len(share)), key=lambda k: -share[k]):
+        if len(chosen) < count and all(abs(k - other) >= apart for other in chosen):
+            chosen.append(k)
+    images, labels = frames[torch.tensor(chosen)]
+    return {"images": images.cpu(), "labels": labels.cpu(), "baseline": torch.stack([baseline[k] for k in chosen]),
+            "cell": torch.stack([cell[k] for k in chosen]), "names": [frames.list[k].image.name for k in chosen],
+            "classes": list(frames.dataset.classes), "palette": frames.dataset.palette.tolist(),
+            "differ": [share[k] for k in chosen], "cell_name": cell_name}
+
+
+def distance(every):
+    return {0: "first only", 1: "every"}.get(every, f"every {every}")
+
+
+def print_table(results):
+    """The paper's Table 5 from results.json."""
+    split = results["reported"]
+    print(f"\n{split} split; mIoU and consistency in %, ms on {results['device']} ({results['threads']} threads)")
+    print(f"{'':38} {'key frame':>10} {'mIoU':>6} {'consistency':>11} {'parameters':>11} {'ms a frame':>10}   (val mIoU)")
+    for row in results["rows"]:
+        print(f"{row['title']:38} {distance(row['key_frame_every']):>10} {100 * row[split]['miou']:6.1f} {100 * row[split]['consistency']:11.1f} "
+              f"{row['parameters']:11,} {row['ms_later_frame']:10.1f}   {100 * row['val']['miou']:.1f}")
+    for title, genotype in dict((row["title"], row["genotype"]) for row in results["rows"] if row["genotype"]).items():
+        print(f"{title}: {genotype}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Stage 5, predict: one's own video
+
+ANIMATION = 100, 480                         # frames and width, at most, of the animated picture: it is made in memory
+
+
+def read_frames(source):
+    """A folder of frames in name order, an animated GIF, WebP or APNG, or one image -> their number, and a generator of
+    (name, (H, W, 3) uint8), which holds one frame at a time."""
+    source = pathlib.Path(source)
+    if source.is_dir():
+        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not paths:
+            raise InputError(f"{source}: holds no .png or .jpg; --input is a folder of frames, an animation or one image")
+        return len(paths), ((path.stem, data.read_image(path)) for path in paths)
+    data.read_image(source)                                               # says what is wrong with it
+    animation = Image.open(source)
+    count = getattr(animation, "n_frames", 1)
+
+    def frames():
+        for k in range(count):
+            try:
+                animation.seek(k)
+                yield (f"{source.stem}_{k:05d}" if count > 1 else source.stem), np.array(animation.convert("RGB"))
+            except (OSError, EOFError, SyntaxError) as error:
+                raise InputError(f"{source}: frame {k} cannot be decoded ({error}); the frames before it are done") from None
+    return count, frames()
+
+
+def predict(run, source, output, network=None, key_frame_every=0):
+    """Label maps, overlays and one animation of a video. Memory doesn't grow with its length."""
+    output, dataset = pathlib.Path(output), data.DATASETS[run.recipe.dataset]
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: holds files already; nothing is overwritten, so choose another --output")
+    results = run.path("results.json")
+    network = network or (load(results)["best"] if results.exists() else "cell-0")
+    video = for_inference(load_video(run, network))
+    count, frames = read_frames(source)
+    for folder in ("labels", "overlay"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    print(f"predict: {count} frames by {network}, key frame {distance(key_frame_every)}")
+    seen, size = collections.deque(), None
+
+    def images():
+        nonlocal size
+        for name, image in frames:
+            size = size or image.shape
+            if image.shape != size:
+                raise InputError(f"{source}: frame {name} is {image.shape[1]} x {image.shape[0]}, the first {size[1]} x {size[0]}; "
+                                 "the frames of a video must have one size (those before it are done)")
+            seen.append((name, image))
+            yield torch.from_numpy(image)
+
+    progress, start, animation = Progress("predict", count), time.time(), []
+    for k, pred in enumerate(stream(run, video, images(), key_frame_every)):
+        (name, image), labels = seen.popleft(), pred.cpu().numpy()
+        overlaid = Image.fromarray(figures.overlay(image, labels, dataset.palette))
+        figures.save_indexed(output / "labels" / f"{name}.png", labels, dataset.palette)
+        overlaid.save(output / "overlay" / f"{name}.png")
+        if k % math.ceil(count / ANIMATION[0]) == 0:
+            overlaid.thumbnail((ANIMATION[1], 10000))
+            animation.append(overlaid)
+        progress.update(k + 1, frames_per_second=(k + 1) / (time.time() - start))
+    animation[0].save(output / "overlay.webp", save_all=True, append_images=animation[1:], duration=100, loop=0, quality=70)
+    print(f"predict: wrote {output}: labels/ (indexed PNG, class numbers), overlay/, overlay.webp" +
+          (f" (every {math.ceil(count / ANIMATION[0])}th frame)" if count > ANIMATION[0] else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line
+
+# A stage, what it makes last (what tells that it is done), and what it needs.
+STAGES = {"pretrain": (pretrain, lambda run: ["static.pt"], None),
+          "search": (search, lambda run: ["controller.pt"], "static.pt"),
+          "finetune": (finetune, lambda run: ["baseline.pt"] + [f"cell-{k}.pt" for k in range(len(best_genotypes(run)))], "controller.pt"),
+          "evaluate": (evaluate, lambda run: ["results.json"], "baseline.pt")}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see python train.py --help")
+
+
+def parse(arguments):
+    """Command line -> namespace, recipe fields that were given. A flag a field."""
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
+                        help="defaults of all the fields below: paper's (camvid, cityscapes), cut to a CPU (synthetic), only to see that it runs")
+    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
+    parser.add_argument("--stage", choices=[*STAGES, "predict"], help="this stage only")
+    parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
+    own = parser.add_argument_group("--stage predict")
+    own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, WebP or APNG, or one image")
+    own.add_argument("--output", help="folder for label maps, overlays and the animation")
+    own.add_argument("--network", help="static, baseline, cell-0, ... (default: the cell that is best on val)")
+    own.add_argument("--key-frame-every", type=int, default=0, metavar="N", help="static network on every Nth frame; 0: on the first only")
+    fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
+    for f in dataclasses.fields(Recipe):
+        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
+        if kind is bool:
+            fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.metadata["help"])
+        elif kind is tuple:
+            fields.add_argument(flag, nargs=len(f.default), type=type(f.default[0]), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
+        else:
+            fields.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})",
+                                **({"choices": data.DATASETS} if f.name == "dataset" else {}))
+    args = parser.parse_args(arguments)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
+    return args, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def check(recipe):
+    """Raises InputError for a value that can't work, naming the flag."""
+    for f in dataclasses.fields(recipe):
+        value, flag = getattr(recipe, f.name), "--" + f.name.replace("_", "-")
+        zero_allowed = f.name in ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
+                                  "controller_entropy", "auxiliary_weight", "early_stop", "poly_power")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, (bool, str)) and (number < 0 or number == 0 and not zero_allowed or not math.isfinite(number)):
+                raise InputError(f"{flag} {number}: must be {'0 or more' if zero_allowed else 'more than 0'}")
+    if recipe.meta_val_share >= 1:
+        raise InputError(f"--meta-val-share {recipe.meta_val_share}: must be below 1")
+    if recipe.sequence_length < 2:
+        raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or more")
+
+
+def settle_recipe(folder, schedule, given):
+    """The recipe of this run. A folder that has one keeps it: what the command line gives must agree with it."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        dataset = given.pop("dataset", "synthetic")
+        return recipe_for(dataset, schedule or ("short" if dataset == "synthetic" else "paper"), **given)
+    saved = load(path)
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    if saved.keys() != known:
+        raise InputError(f"{path}: made by another version ({', '.join(sorted(saved.keys() ^ known))}); use another --run")
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    wanted = dataclasses.asdict(recipe_for(**{"dataset": saved["dataset"], "schedule": schedule, **given})) if schedule else given
+    differing = [f"{name} {saved[name]!r} there, {value!r} now" for name, value in wanted.items() if saved[name] != value]
+    if differing:
+        raise InputError(f"{path}: is the recipe of another run ({'; '.join(differing[:6])}); use another --run")
+    return Recipe(**saved)
+
+
+def main(arguments=None):
+    args, given = parse(arguments)
+    folder = pathlib.Path(args.run or f"runs/{given.get('dataset', 'synthetic')}")
+    recipe = settle_recipe(folder, args.schedule, given)
+    check(recipe)
+    if args.stage == "predict":
+        if not args.input or not args.output:
+            raise InputError("--input and --output: needed for --stage predict")
+        if args.key_frame_every < 0:
+            raise InputError(f"--key-frame-every {args.key_frame_every}: must be 0 or more")
+        return predict(Run(folder, recipe, device=args.device), args.input, args.output, args.network, args.key_frame_every)
+    if recipe.dataset != "synthetic" and not args.data:
+        raise InputError(f"--data: needed for {recipe.dataset}, the folder that holds it ({data.DATASETS[recipe.dataset].SOURCE})")
+    run = Run(folder, recipe, args.data, args.device)
+    data.DATASETS[recipe.dataset](args.data, "train")                     # a wrong --data shows before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
+        if not (folder / "recipe.json").exists():
+            save(folder / "recipe.json", dataclasses.asdict(recipe))
+        print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads")
+        for name in [args.stage] if args.stage else STAGES:
+            stage, results, needed = STAGES[name]
+            if needed and not run.path(needed).exists():
+                raise InputError(f"{run.path(needed)}: no such file, --stage {name} needs it; run the stages before it first")
+            if all(run.path(result).exists() for result in results(run)):
+                print(f"{name}: {', '.join(results(run))} there, skipped (remove to do it again)")
+                continue
+            start = time.time()
+            stage(run)
+            for path in figures.draw(folder, name):
+                print(f"{name}: drew {path}")
+            print(f"{name}: done in {duration(time.time() - start)}", flush=True)
+        if run.path("results.json").exists():
+            print_table(load(run.path("results.json")))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
