@@ -100,7 +100,7 @@ CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), s
                   end_crop=(769, 769), validate_every=50, key_frames=(0, 0, 0))
 # Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
 SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
-             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=40, search_epochs=2, search_batch=16,
+             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=32, search_epochs=2, search_batch=16,
              controller_lr=3e-3, controller_rollout=4, cell_epochs=8, cell_batch=8, end_epochs=3, end_crop=(288, 384),
              end_scale=(0.7, 1.4))
 SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),

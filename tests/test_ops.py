@@ -4,6 +4,7 @@ The definitions here use numpy and a tent function, so they share nothing with t
 a bilinear sample is sum over ALL pixels of tent(row - i) * tent(col - j) * x[i, j], tent(d) = max(0, 1 - |d|),
 which is zero outside without any case distinction.
 """
+import copy
 import itertools
 import math
 
@@ -469,3 +470,31 @@ def test_zero_stops_what_is_not_finite():
 def test_multiply_adds():
     """By hand: 3x3 convolution, 8 -> 8 channels, on 5 x 6."""
     assert ops.multiply_adds(ops.OPERATIONS["conv3x3"](8).eval(), torch.zeros(1, 8, 5, 6)) == 9 * 8 * 8 * 5 * 6
+
+
+@pytest.mark.parametrize("size", [(45, 60), (23, 30), (12, 15)])
+@pytest.mark.parametrize("name", [*ops.OPERATIONS, *ops.AGGREGATIONS])
+def test_gradients_under_bf16_autocast(name, size):
+    """At the sizes of a CamVid frame's layers, batch 4: bf16 with channels_last, as in training, against float64.
+
+    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU; see DilatedDepthwise."""
+    torch.manual_seed(0)
+    count, make = (1, ops.OPERATIONS[name]) if name in ops.OPERATIONS else (2, ops.AGGREGATIONS[name])
+    module = make(64).eval()                     # eval: batch statistics would divide by small, rounded deviations
+    inputs, there = [torch.randn(4, 64, *size).relu() for _ in range(count)], torch.randn(4, 64, *size)
+    for key, bias in module.named_parameters():
+        if key in ("offset_mask.bias", "theta.bias"):                     # off the pixels, where bilinear sampling has kinks
+            bias.data += torch.empty_like(bias).uniform_(0.2, 0.3) / (1 if key[0] == "o" else 20)
+
+    def gradients(module, dtype):
+        module = module.to(memory_format=torch.channels_last)
+        leaves = [x.to(dtype, memory_format=torch.channels_last).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = module(*leaves)
+        if out.requires_grad:
+            (out * there.to(dtype)).sum().backward()
+        return [x.grad for x in (*module.parameters(), *leaves) if x.grad is not None]
+
+    expected = gradients(copy.deepcopy(module).double(), torch.float64)
+    for got, want in zip(gradients(module, torch.float32), expected, strict=True):
+        assert (got.double() - want).norm() <= 0.06 * want.norm() + 1e-6

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import controller
 import data
@@ -305,3 +307,76 @@ def test_two_processes_on_one_run(smoke):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process works on this run"):
             train.main(["--run", str(smoke[0])])
+
+
+# ---- predict
+
+@pytest.fixture
+def frames_folder(tmp_path):
+    """The first test clip as PNG files."""
+    dataset, folder = data.Synthetic(None, "test"), tmp_path / "frames"
+    folder.mkdir()
+    for frame in dataset.clips[0]:
+        Image.fromarray(dataset.read(frame)[0]).save(folder / f"{frame.image.name}.png")
+    return folder
+
+
+def predict(smoke, source, output, *more):
+    train.main(["--stage", "predict", "--run", str(smoke[0]), "--input", str(source), "--output", str(output), *more])
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_predict_writes_what_evaluate_scores(smoke, frames_folder, tmp_path, every):
+    out = tmp_path / "out"
+    predict(smoke, frames_folder, out, "--network", "cell-0", "--key-frame-every", str(every))
+    run = Run(smoke[0], recipe_for("synthetic", "smoke"), device="cpu")
+    _, preds = train.evaluate_video(run, train.load_video(run, "cell-0"), "test", every)
+    paths = sorted((out / "labels").iterdir())
+    assert len(paths) == len(data.Synthetic(None, "test").clips[0])
+    for path, pred in zip(paths, preds):
+        picture = Image.open(path)
+        assert picture.mode == "P" and (np.array(picture) == pred.numpy()).all()
+        assert picture.getpalette()[:18] == data.Synthetic.palette.ravel().tolist()
+    assert len(list((out / "overlay").iterdir())) == Image.open(out / "overlay.webp").n_frames == len(paths)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "one"])
+def test_predict_takes_animations_and_one_image(smoke, frames_folder, tmp_path, kind):
+    first, *rest = [Image.open(path) for path in sorted(frames_folder.iterdir())]
+    source = tmp_path / ("one.png" if kind == "one" else f"animation.{kind}")
+    first.save(source, **({} if kind == "one" else dict(save_all=True, append_images=rest)))
+    predict(smoke, source, tmp_path / "out", "--network", "static")
+    assert len(list((tmp_path / "out" / "labels").iterdir())) == (1 if kind == "one" else 1 + len(rest))
+
+
+def spoil(folder, fault):
+    path = sorted(folder.iterdir())[2]
+    if fault == "size":
+        Image.new("RGB", (64, 96)).save(path)
+    elif fault == "broken":
+        path.write_bytes(path.read_bytes()[:100])
+    elif fault == "empty":
+        [p.unlink() for p in folder.iterdir()]
+
+
+@pytest.mark.parametrize("fault, said, done", [("size", "000_0002 is 64 x 96, the first 128 x 96", 2), ("broken", "000_0002.png: is not an image", 2),
+                                               ("empty", "holds no .png or .jpg", 0)])
+def test_predict_says_what_is_wrong_with_frames(smoke, frames_folder, tmp_path, fault, said, done):
+    spoil(frames_folder, fault)
+    with pytest.raises(InputError, match=said):
+        predict(smoke, frames_folder, tmp_path / "out", "--network", "static")
+    assert len(list((tmp_path / "out").glob("labels/*"))) == done
+
+
+def test_predict_overwrites_nothing(smoke, frames_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds files already"):
+        predict(smoke, frames_folder, tmp_path / "out")
+    with pytest.raises(InputError, match="--input and --output: needed"):
+        train.main(["--stage", "predict", "--run", str(smoke[0])])
+    with pytest.raises(InputError, match="nowhere: no such file"):
+        predict(smoke, tmp_path / "nowhere", tmp_path / "new")
+    with pytest.raises(InputError, match="cell-7.pt: no such file"):
+        predict(smoke, frames_folder, tmp_path / "new", "--network", "cell-7")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"] and not (tmp_path / "new").exists()
