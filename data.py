@@ -88,8 +88,8 @@ class Files:
         folder = self.root / folder
         try:
             if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder; --data must be the folder that holds "
-                                 f"{self.LAYOUT.format(split=self.split)} ({self.SOURCE})")
+                raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
+                                 f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})")
             return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
         except PermissionError:
             raise InputError(f"{folder}: may not be read; change its permissions") from None
@@ -400,7 +400,7 @@ class Confusion:
         geometric mean of the last three (Sect. 3.3). A class that occurs neither in labels nor in predictions
         does not count; one that occurs in predictions only counts as IoU 0 and has no accuracy."""
         C = self.num_classes
-        m = torch.zeros(C, C).double() if self.matrix is None else self.matrix.double().cpu()
+        m = torch.zeros(C, C).double() if self.matrix is None else self.matrix.cpu().double()
         right, label, pred = m.diagonal(), m.sum(1), m.sum(0)
         iou = right / (label + pred - right)                              # 0 / 0 is NaN: the class does not occur
         miou = iou.nanmean().nan_to_num().item()

@@ -6,7 +6,7 @@ of this file are in token order: the controller's token 3 is the fourth entry.
 
 What the paper does not fix (its tables are pictures in our source) is marked "[ours]".
 
-    python ops.py       prints both tables: parameters, multiply-adds, time, memory
+    python ops.py       prints both tables: parameters, multiply-adds, time
 """
 import time
 
@@ -335,8 +335,8 @@ def milliseconds(function, *inputs, repeats=5):
     for _ in range(repeats + 1):
         start = time.perf_counter()
         function(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return sorted(times[1:])[repeats // 2]
 

@@ -23,6 +23,7 @@ import pathlib
 import pickle
 import sys
 import time
+import typing
 
 import numpy as np
 import torch
@@ -92,12 +93,12 @@ class Recipe:
     end_crop: tuple[int, int] = field((400, 480), "Sect. 4.2: crop (where the image is smaller: mean-padding), height and width")
     end_scale: tuple[float, float] = field((1.0, 1.0), "[ours]: random scale end to end")
     # Evaluation
-    key_frames: tuple[int, int, int] = field((0, 10, 3), "[ours]: key-frame distances to evaluate; 0: first frame of a clip only")
+    key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances to evaluate; 0: first frame of a clip only")
 
 
 CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), sequence_length=2, input_longer_side=1024,
                   input_crop=512, input_pad=0, cell_layers=4, search_epochs=10, cell_epochs=200, end_epochs=200,
-                  end_crop=(769, 769), validate_every=50, key_frames=(0, 0, 0))
+                  end_crop=(769, 769), validate_every=50, key_frames=(0,))
 # Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
 SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
              static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=32, search_epochs=2, search_batch=16,
@@ -106,11 +107,12 @@ SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_sc
 SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
                  validate_every=5, cell_layers=3, search_candidates=8, search_epochs=4, controller_rollout=4, cell_epochs=8,
                  cell_batch=16, end_crop=(96, 128), end_scale=(1.0, 1.0), end_epochs=1,
-                 key_frames=(0, 3, 3))
-SMOKE = dict(static_epochs=1, static_batch=8, static_crop=(64, 64), validate_every=0, input_pad=0, search_candidates=4, search_epochs=1,
-             search_batch=32, key_frames=(0, 0, 0), controller_rollout=2, cell_epochs=1, cell_batch=32, end_epochs=1, end_crop=(64, 64), cell_layers=2)
+                 key_frames=(0, 3))
+SMOKE = dict(static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0, input_pad=0, cell_layers=2,
+             search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2, cell_epochs=1, cell_batch=32,
+             end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 SCHEDULES = {
-    ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES, ("synthetic", "paper"): dict(encoder_weights="none"),
+    ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES, ("synthetic", "paper"): dict(encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),
     ("camvid", "short"): SHORT, ("cityscapes", "short"): {**CITYSCAPES, **SHORT}, ("synthetic", "short"): {**SHORT, **SYNTHETIC},
     ("camvid", "smoke"): SMOKE, ("cityscapes", "smoke"): {**CITYSCAPES, **SMOKE},
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
@@ -155,8 +157,17 @@ def load(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:80]}); "
-                         "remove it to make it anew") from None
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]}); restore it or use another "
+                         "--run") from None
+
+
+def fill(module, state, path):
+    """load_state_dict, strictly. Raises InputError naming the file when it is the state of something else."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: is the checkpoint of another network ({' '.join(str(error).split())[:120]}); "
+                         "use another --run") from None
 
 
 def read_log(path):
@@ -169,9 +180,12 @@ def read_log(path):
         with open(path, "r+b") as file:
             file.truncate(len(whole + newline))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
-        raise InputError(f"{path}: a line is not JSON; restore it or remove the file to search anew") from None
+        log = [json.loads(line) for line in whole.splitlines()]
+        if any(entry["candidate"] != k or not {"tokens", "reward", "half_reward", "status"} <= entry.keys() for k, entry in enumerate(log)):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: a line is missing or is not a candidate's; restore it or use another --run") from None
+    return log
 
 
 def append_log(path, entry):
@@ -221,6 +235,7 @@ class Run:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {device}: cannot be used here ({str(error).splitlines()[0][:80]})") from None
         self.num_classes = len(data.DATASETS[recipe.dataset].classes)
+        self.splits = ("train", "val") if recipe.dataset == "cityscapes" else ("train", "val", "test")   # it keeps its test labels
         self._frames = {}
 
     def path(self, name):
@@ -249,7 +264,7 @@ class Run:
 
     def autocast(self):
         """bf16 where the device has it. Only with channels_last: without, a depthwise convolution is 20x slower on a CPU."""
-        capable = (torch.cuda.is_bf16_supported() if self.device.type == "cuda" else self.device.type == "cpu" and
+        capable = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else self.device.type == "cpu" and
                    any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
         return torch.autocast(self.device.type, torch.bfloat16) if capable else contextlib.nullcontext()
 
@@ -316,7 +331,7 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
     if partial.exists():
         saved = load(partial)
         history = saved["history"]
-        model.load_state_dict(saved["model"])
+        fill(model, saved["model"], partial)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         print(f"{name}: going on after epoch {len(history)}")
@@ -333,7 +348,7 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
                 raise InputError(f"{name}: {error}; try a smaller learning rate or another --seed") from None
             progress.update(step + 1, epoch=epoch + 1, loss=losses[-1], rate=optimizers[0].param_groups[0]["lr"])
         entry = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "seconds": time.time() - start}
-        if validate and validate_every and (epoch + 1) % validate_every == 0 or validate and epoch + 1 == epochs:
+        if validate_every and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
             entry["val_miou"] = validate()
             progress._print(f"{name}: epoch {epoch + 1}, loss {entry['loss']:.4f}, val mIoU {100 * entry['val_miou']:.1f} %", "\n")
         history.append(entry)
@@ -364,7 +379,7 @@ def load_encoder(encoder, source):
     if source == "imagenet":
         try:
             state = torch.hub.load_state_dict_from_url(IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
-        except OSError as error:             # urllib's errors are OSErrors
+        except (OSError, RuntimeError) as error:                          # urllib's errors; a wrong SHA-256
             raise InputError(f"{IMAGENET}: cannot be downloaded ({error}); get it elsewhere and pass "
                              "--encoder-weights FILE, or pass --encoder-weights none") from None
     else:
@@ -404,11 +419,17 @@ def pretrain(run):
     finish(run, "static", {"static": state, "history": history})
 
 
-def load_static(run, name="static"):
-    """The static network of a checkpoint, on the device, in eval mode."""
-    model = Arch2(run.num_classes)
-    model.load_state_dict(load(run.path(f"{name}.pt"))["static"])
-    return run.to_device(model).eval()
+def load_video(run, name):
+    """The network of a checkpoint (static, baseline or cell-K) as a VideoSegmenter, on the device, in eval mode."""
+    path, static, cell = run.path(f"{name}.pt"), Arch2(run.num_classes), None
+    saved = load(path)
+    if not isinstance(saved, dict) or "static" not in saved:
+        raise InputError(f"{path}: holds no network; use another --run")
+    fill(static, saved["static"], path)
+    if "cell" in saved:
+        cell = DynamicCell(Genotype.from_json(saved["genotype"]), run.num_classes)
+        fill(cell, saved["cell"], path)
+    return run.to_device(VideoSegmenter(static, cell)).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -518,10 +539,11 @@ def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average
         entry.update(reward=scores.reward, miou=scores.miou, fwiou=scores.fwiou, macc=scores.macc)
     except NotFinite as error:
         entry.update(status="not finite", reason=str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:               # torch says it by a class of its own on a GPU, by its text elsewhere
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and \
+                not any(text in str(error) for text in ("can't allocate memory", "out of memory")):
+            raise RuntimeError(f"candidate {k} failed: {genotype}") from error
         entry.update(status="out of memory", reason=str(error)[:200])
-    except Exception as error:
-        raise RuntimeError(f"candidate {k} failed: {genotype}") from error
     tokens = genotype.to_tokens()
     return {**entry, "seconds": round(time.time() - start, 2), "tokens": tokens, "genotype": json.loads(genotype.to_json())}
 
@@ -540,18 +562,18 @@ def search(run):
     average, best, progress = None, 0.0, Progress("search", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, r.controller_rollout):
         count = min(r.controller_rollout, r.search_candidates - first)
-        tokens, log_prob = controller.sample(count, generator(r.seed, "sample", first))
-        rewards = []
+        sampled, log_prob = controller.sample(count, generator(r.seed, "sample", first))
+        tokens, rewards = sampled.clone(), []
         for k in range(first, first + count):
             genotype = Genotype.from_tokens(tokens[k - first])
             if k < len(log):
                 entry = log[k]
-                if entry.get("tokens") != genotype.to_tokens():
-                    raise InputError(f"{path}: candidate {k} is not the one that this recipe samples; was the file changed, "
-                                     "or made by another version? Use another --run")
+                if entry["tokens"] != genotype.to_tokens():               # another processor may round another way
+                    print(f"search: the log's candidate {k} is not the one this machine would sample; the log's is taken")
+                    tokens[k - first] = torch.tensor(entry["tokens"])
             else:
                 if context is None:
-                    static = load_static(run)
+                    static = load_video(run, "static").static
                     cache = Cache(run, static)
                     meta_train, meta_val = meta_split(run.frames("train").windows(r.sequence_length), r.meta_val_share,
                                                       generator(r.seed, "meta"))
@@ -566,8 +588,10 @@ def search(run):
             rewards.append(entry["reward"])
             best = max(best, entry["reward"])
             progress.update(k + 1, reward=entry["reward"], best=best, half_way_average=average or 0)
-        figures = ppo.update(tokens, log_prob, torch.tensor(rewards))
-    save(run.path("controller.pt"), {"controller": controller.state_dict(), "last_update": figures})
+        if not torch.equal(tokens, sampled):
+            log_prob = controller.log_prob(tokens)[0].detach()
+        last = ppo.update(tokens, log_prob, torch.tensor(rewards))
+    save(run.path("controller.pt"), {"controller": controller.state_dict(), "last_update": last})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -575,7 +599,10 @@ def search(run):
 
 def best_genotypes(run):
     """The `cells` best different genotypes of the search's log."""
-    ranked = sorted(read_log(run.path("search.jsonl")), key=lambda entry: -entry["reward"])
+    path = run.path("search.jsonl")
+    ranked = sorted((entry for entry in read_log(path) if entry["status"] == "ok"), key=lambda entry: -entry["reward"])
+    if not ranked:
+        raise InputError(f"{path}: no candidate came through, so there is no cell to train; search again with another --run")
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in ranked))[:run.recipe.cells]
 
 
@@ -585,12 +612,12 @@ def finetune(run):
     for name, genotype in [("baseline", None)] + [(f"cell-{k}", g) for k, g in enumerate(best_genotypes(run))]:
         if run.path(f"{name}.pt").exists():
             continue
-        static, cell, history = load_static(run), None, []
+        static, cell = load_video(run, "static").static, None
         if genotype is not None:
             print(f"{name}: {genotype}")
             cell = new_cell(run, static, genotype, generator(run.recipe.seed, name))
             if run.path(f"{name}-alone.pt").exists():
-                cell.load_state_dict(load(run.path(f"{name}-alone.pt"))["cell"])
+                fill(cell, load(run.path(f"{name}-alone.pt"))["cell"], run.path(f"{name}-alone.pt"))
             else:
                 cache = cache or Cache(run, static)
                 history = fit_cell_alone(run, f"{name}-alone", cell, cache)
@@ -673,17 +700,6 @@ def evaluate_video(run, video, split, key_frame_every=0, consistency=3):
             "iou": dict(zip(frames.dataset.classes, [None if math.isnan(v) else v for v in scores.iou]))}, preds
 
 
-def load_video(run, name):
-    """The network of a checkpoint (static, baseline or cell-K), on the device, in eval mode."""
-    saved = load(run.path(f"{name}.pt"))
-    static, cell = Arch2(run.num_classes), None
-    static.load_state_dict(saved["static"])
-    if "cell" in saved:
-        cell = DynamicCell(Genotype.from_json(saved["genotype"]), run.num_classes)
-        cell.load_state_dict(saved["cell"])
-    return run.to_device(VideoSegmenter(static, cell)).eval()
-
-
 @torch.no_grad()
 def frame_times(run, video):
     """Milliseconds of a key frame and of a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
@@ -695,8 +711,7 @@ def frame_times(run, video):
 
 def evaluate(run):
     """Every network on val and test; the table's rows, and for Figs. 5 and 6 the frames on which two of them differ most."""
-    r, rows, kept = run.recipe, [], {}
-    splits = ("val",) if r.dataset == "cityscapes" else ("val", "test")   # CityScapes keeps its test labels
+    r, rows, kept, splits = run.recipe, [], {}, run.splits[1:]            # the last one is reported
     cells = [f"cell-{k}" for k in range(len(best_genotypes(run)))]
     titles = {"static": "per-frame baseline", "baseline": "per-frame baseline, trained as long"}
     for name in (*titles, *cells):
@@ -833,10 +848,10 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     """Command line -> namespace, recipe fields that were given. A flag a field."""
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
                         help="defaults of all the fields below: paper's (camvid, cityscapes), cut to a CPU (synthetic), only to see that it runs")
-    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
     parser.add_argument("--stage", choices=[*STAGES, "predict"], help="this stage only")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
@@ -851,7 +866,7 @@ def parse(arguments):
         if kind is bool:
             fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.metadata["help"])
         elif kind is tuple:
-            fields.add_argument(flag, nargs=len(f.default), type=type(f.default[0]), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
+            fields.add_argument(flag, nargs="+" if ... in typing.get_args(f.type) else len(f.default), type=type(f.default[0]), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
         else:
             fields.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})",
                                 **({"choices": data.DATASETS} if f.name == "dataset" else {}))
@@ -869,34 +884,46 @@ def check(recipe):
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (bool, str)) and (number < 0 or number == 0 and not zero_allowed or not math.isfinite(number)):
                 raise InputError(f"{flag} {number}: must be {'0 or more' if zero_allowed else 'more than 0'}")
-    if recipe.meta_val_share >= 1:
-        raise InputError(f"--meta-val-share {recipe.meta_val_share}: must be below 1")
+    for name in ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum"):
+        if getattr(recipe, name) >= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be below 1")
+    for name in ("static_batch", "search_batch", "cell_batch"):
+        if getattr(recipe, name) < 2:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: batch norm needs 2 or more (gap has one value an image)")
+    for name in ("static_scale", "end_scale"):
+        if getattr(recipe, name)[0] > getattr(recipe, name)[1]:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: from must not be above to")
     if recipe.sequence_length < 2:
         raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or more")
 
 
-def settle_recipe(folder, schedule, given):
-    """The recipe of this run. A folder that has one keeps it: what the command line gives must agree with it."""
-    path = folder / "recipe.json"
-    if not path.exists():
-        dataset = given.pop("dataset", "synthetic")
-        return recipe_for(dataset, schedule or ("short" if dataset == "synthetic" else "paper"), **given)
-    saved = load(path)
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    if saved.keys() != known:
-        raise InputError(f"{path}: made by another version ({', '.join(sorted(saved.keys() ^ known))}); use another --run")
+def settle_recipe(folder, schedule, given, stage=None):
+    """The recipe of this run. A folder in which something was made keeps its own: the command line must agree with it.
+
+    Without --schedule a whole run means the dataset's default schedule; one --stage takes what the folder says."""
+    path, dataset = folder / "recipe.json", given.get("dataset", "synthetic")
+    default = "short" if dataset == "synthetic" else "paper"
+    if not path.exists() or not (any(folder.glob("*.pt")) or (folder / "search.jsonl").exists()):
+        return recipe_for(**{"dataset": dataset, "schedule": schedule or default, **given})
+    saved, known = load(path), {f.name for f in dataclasses.fields(Recipe)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        raise InputError(f"{path}: made by another version ({', '.join(sorted(known ^ set(saved)))}); use another --run")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    wanted = dataclasses.asdict(recipe_for(**{"dataset": saved["dataset"], "schedule": schedule, **given})) if schedule else given
+    wanted = given
+    if schedule or not stage:
+        wanted = dataclasses.asdict(recipe_for(**{"dataset": dataset, "schedule": schedule or default, **given}))
     differing = [f"{name} {saved[name]!r} there, {value!r} now" for name, value in wanted.items() if saved[name] != value]
     if differing:
-        raise InputError(f"{path}: is the recipe of another run ({'; '.join(differing[:6])}); use another --run")
+        more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise InputError(f"{path}: is the recipe of another run ({'; '.join(differing[:6])}{more}); give the flags it was "
+                         "made with, or use another --run")
     return Recipe(**saved)
 
 
 def main(arguments=None):
     args, given = parse(arguments)
     folder = pathlib.Path(args.run or f"runs/{given.get('dataset', 'synthetic')}")
-    recipe = settle_recipe(folder, args.schedule, given)
+    recipe = settle_recipe(folder, args.schedule, given, args.stage)
     check(recipe)
     if args.stage == "predict":
         if not args.input or not args.output:
@@ -904,17 +931,18 @@ def main(arguments=None):
         if args.key_frame_every < 0:
             raise InputError(f"--key-frame-every {args.key_frame_every}: must be 0 or more")
         return predict(Run(folder, recipe, device=args.device), args.input, args.output, args.network, args.key_frame_every)
-    if recipe.dataset != "synthetic" and not args.data:
-        raise InputError(f"--data: needed for {recipe.dataset}, the folder that holds it ({data.DATASETS[recipe.dataset].SOURCE})")
-    run = Run(folder, recipe, args.data, args.device)
-    data.DATASETS[recipe.dataset](args.data, "train")                     # a wrong --data shows before anything is written
+    run = Run(folder, recipe, args.data or f"data/{recipe.dataset}", args.device)
+    for split in run.splits:                                              # a wrong --data shows before anything is written
+        dataset = data.DATASETS[recipe.dataset](run.root, split)
+        if split == "train" and not data.sequences(dataset.clips, recipe.sequence_length):
+            raise InputError(f"--sequence-length {recipe.sequence_length}: no {recipe.dataset} clip has so many frames in a row")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
-        if not (folder / "recipe.json").exists():
+        if not any(folder.glob("*.pt")):                                  # else the folder's recipe is this one
             save(folder / "recipe.json", dataclasses.asdict(recipe))
         print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads")
         for name in [args.stage] if args.stage else STAGES:
@@ -922,8 +950,10 @@ def main(arguments=None):
             if needed and not run.path(needed).exists():
                 raise InputError(f"{run.path(needed)}: no such file, --stage {name} needs it; run the stages before it first")
             if all(run.path(result).exists() for result in results(run)):
-                print(f"{name}: {', '.join(results(run))} there, skipped (remove to do it again)")
+                print(f"{name}: {', '.join(results(run))} there, skipped (to do it again use another --run)")
                 continue
+            for split in run.splits:                                      # a broken file shows now, not after an hour
+                run.frames(split)
             start = time.time()
             stage(run)
             for path in figures.draw(folder, name):
@@ -937,6 +967,9 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:                 # a folder that may not be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -171,7 +171,8 @@ def test_an_unpromising_candidate_is_stopped_half_way(run, parts):
 
 
 @pytest.mark.parametrize("fault, status", [(lambda *_: torch.tensor(float("inf")), "not finite"),
-                                           (torch.OutOfMemoryError("full"), "out of memory"), (MemoryError(), "out of memory")])
+                                           (torch.OutOfMemoryError("full"), "out of memory"),
+                                           (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"), (MemoryError(), "out of memory")])
 def test_a_candidate_that_fails_gets_no_reward(run, parts, monkeypatch, fault, status):
     def cell_loss(*arguments):
         if isinstance(fault, BaseException):
@@ -198,7 +199,11 @@ def test_any_other_error_stops_the_search_and_names_the_genotype(run, parts, mon
     ("--cell-lr nan", "--cell-lr nan: must be more than 0"),
     ("--meta-val-share 1.5", "--meta-val-share 1.5: must be below 1"),
     ("--sequence-length 1", "--sequence-length 1: a cell needs a frame before"),
-    ("--dataset camvid", "--data: needed for camvid"),
+    ("--dataset camvid", "data/camvid/train: no such folder; put the dataset there or pass --data DIR"),
+    ("--controller-clip 1.5", "--controller-clip 1.5: must be below 1"),
+    ("--static-batch 1", "--static-batch 1: batch norm needs 2 or more"),
+    ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): from must not be above to"),
+    ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
     ("--dataset camvid --data nowhere", "nowhere/train: no such folder"),
     ("--dataset cityscapes --data nowhere", "nowhere/gtFine/train: no such folder"),
     ("--stage search", "static.pt: no such file, --stage search needs it"),
@@ -231,6 +236,22 @@ def test_encoder_weights_of_another_network_are_refused(tmp_path):
     torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="other.pth: not torchvision's mobilenet_v2"):
         train.load_encoder(Arch2(2).encoder, tmp_path / "other.pth")
+
+
+def test_a_broken_file_of_any_split_shows_before_the_training(tmp_path):
+    for split in ("train", "val", "test"):
+        for folder, mode in ((split, "RGB"), (split + "annot", "L")):
+            (tmp_path / folder).mkdir()
+            for t in (0, 30, 60):
+                Image.new(mode, (64, 64)).save(tmp_path / folder / f"A_{t:06d}.png")
+    (tmp_path / "test" / "A_000030.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="test/A_000030.png: is not an image"):
+        train.main(["--dataset", "camvid", "--data", str(tmp_path), "--schedule", "smoke", "--encoder-weights", "none", "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "static.pt").exists()
+    (tmp_path / "valannot" / "A_000030.png").unlink()
+    with pytest.raises(InputError, match="has no label valannot/A_000030.png"):
+        train.main(["--dataset", "camvid", "--data", str(tmp_path), "--encoder-weights", "none", "--run", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 # ---- a whole run
@@ -290,15 +311,45 @@ def test_a_search_that_was_cut_goes_on_to_the_same_log(smoke, tmp_path, capsys):
 
 def test_another_recipe_is_refused_by_field(smoke, tmp_path):
     with pytest.raises(InputError, match="static_epochs 1 there, 7 now"):
-        train.main(["--run", str(smoke[0]), "--static-epochs", "7"])
+        train.main(["--run", str(smoke[0]), "--schedule", "smoke", "--static-epochs", "7"])
+    with pytest.raises(InputError, match="static_epochs 1 there, 10 now.*more"):         # the default schedule is short
+        train.main(["--run", str(smoke[0])])
     with pytest.raises(InputError, match="is the recipe of another run"):
         train.main(["--run", str(smoke[0]), "--schedule", "short"])
     folder = copy_of(smoke, tmp_path)
     (folder / "controller.pt").unlink()
     lines = (folder / "search.jsonl").read_text().splitlines(True)
     (folder / "search.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(InputError, match="candidate 0 is not the one that this recipe samples"):
+    with pytest.raises(InputError, match="search.jsonl: a line is missing"):
         train.main(["--run", str(folder), "--stage", "search"])
+
+
+def test_a_log_of_another_processor_is_taken_as_it_is(smoke, tmp_path, capsys):
+    """There the sampled tokens may differ; the rewards belong to the logged ones."""
+    folder = copy_of(smoke, tmp_path)
+    log = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    log[1]["tokens"][2] = (log[1]["tokens"][2] + 1) % 12
+    (folder / "search.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (folder / "controller.pt").unlink()
+    train.main(["--run", str(folder), "--stage", "search"])
+    assert "the log's candidate 1 is not the one this machine would sample" in capsys.readouterr().out
+    assert (folder / "controller.pt").exists()
+
+
+def test_a_recipe_with_which_nothing_was_made_is_replaced(tmp_path):
+    with pytest.raises(InputError, match="nowhere.pth: no such file"):
+        train.main(["--run", str(tmp_path), "--encoder-weights", "nowhere.pth"])
+    assert train.settle_recipe(tmp_path, None, {}) == recipe_for("synthetic", "short")
+
+
+def test_a_checkpoint_of_another_network_is_named(smoke, tmp_path):
+    folder = copy_of(smoke, tmp_path)
+    torch.save({"static": Arch2(3).state_dict()}, folder / "baseline.pt")
+    run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
+    with pytest.raises(InputError, match="baseline.pt: is the checkpoint of another network"):
+        train.load_video(run, "baseline")
+    with pytest.raises(InputError, match="controller.pt: holds no network"):
+        train.load_video(run, "controller")
 
 
 def test_two_processes_on_one_run(smoke):
@@ -306,7 +357,7 @@ def test_two_processes_on_one_run(smoke):
     with open(smoke[0] / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process works on this run"):
-            train.main(["--run", str(smoke[0])])
+            train.main(["--run", str(smoke[0]), "--schedule", "smoke"])
 
 
 # ---- predict
