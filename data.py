@@ -433,16 +433,14 @@ def main():
     import argparse
     parser = argparse.ArgumentParser(description="Prints what a dataset holds and writes a contact sheet.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic")
-    parser.add_argument("--data", help="the dataset's folder")
+    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--output", default="contact-sheet.png", help="where the contact sheet goes; must not exist")
     args = parser.parse_args()
-    if args.dataset != "synthetic" and not args.data:
-        raise InputError(f"--data: needed for {args.dataset}, the folder that holds it")
     if pathlib.Path(args.output).exists():
         raise InputError(f"{args.output}: exists already; choose another --output")
     kind, rows = DATASETS[args.dataset], []
     for split in ("train", "val", "test") if args.dataset != "cityscapes" else ("train", "val"):
-        dataset = kind(args.data, split)
+        dataset = kind(args.data or f"data/{args.dataset}", split)
         counts = np.zeros(256, np.int64)
         for clip in dataset.clips:
             for frame in clip:

@@ -61,20 +61,20 @@ class Recipe:
     static_lr_decoder: float = field(1e-2, "Sect. 6: SGD's learning rate, decoder")
     momentum: float = field(0.9, "Sect. 4.2, 6: momentum of SGD")
     weight_decay: float = field(1e-5, "[ours], from [18]: weight decay of SGD")
-    poly_power: float = field(0.9, "Sect. 6, power [ours]: rate * (1 - step / steps) ** power, in every training")
+    poly_power: float = field(0.9, "Sect. 6: rate * (1 - step / steps) ** power; the power, and that every training has it: [ours]")
     auxiliary_weight: float = field(0.3, "Sect. 6: weight of the auxiliary classifiers' losses")
     validate_every: int = field(100, "[ours]: epochs between looks at the val split while pre-training; 0 never")
     # Search
     sequence_length: int = field(3, "Sect. 4.1: consecutive frames in a training sequence")
     input_longer_side: int = field(0, "Sect. 4.1: for the search, images are resized so; 0 leaves them (CityScapes: 1024)")
-    input_crop: int = field(600, "Sect. 4.1: for the search, images are cropped to this square, at the centre")
+    input_crop: int = field(600, "Sect. 4.1: for the search, images are cropped to this square; at the centre: [ours]")
     input_pad: int = field(400, "Sect. 4.1: shorter side mean-padded to this: 480x360 -> 480x400; 0 for none")
     cell_layers: int = field(5, "Sect. 3.2: layers of a cell, L")
     meta_val_share: float = field(0.1, "Sect. 4.1: share of the training sequences that score the candidates")
     search_candidates: int = field(1000, "[ours]: number of sampled cells")
     search_epochs: int = field(20, "Sect. 4.1: epochs a candidate")
     search_batch: int = field(48, "Sect. 4.1: sequences a batch")
-    cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's learning rate for a cell on the frozen static network")
+    cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's learning rate for a cell on the frozen static network (CityScapes: [ours])")
     early_stop: bool = field(True, "Sect. 3.3: stop a candidate half way that is below the running average")
     early_stop_decay: float = field(0.9, "[ours]: decay of that running average")
     controller_lr: float = field(1e-4, "Sect. 4.1: Adam's learning rate for the controller")
@@ -101,7 +101,7 @@ CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), s
                   end_crop=(769, 769), validate_every=50, key_frames=(0,))
 # Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
 SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
-             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=32, search_epochs=2, search_batch=16,
+             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=24, search_epochs=2, search_batch=16,
              controller_lr=3e-3, controller_rollout=4, cell_epochs=8, cell_batch=8, end_epochs=3, end_crop=(288, 384),
              end_scale=(0.7, 1.4))
 SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
@@ -112,7 +112,8 @@ SMOKE = dict(static_epochs=1, static_batch=16, static_crop=(32, 32), validate_ev
              search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2, cell_epochs=1, cell_batch=32,
              end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 SCHEDULES = {
-    ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES, ("synthetic", "paper"): dict(encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),
+    ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES,
+    ("synthetic", "paper"): dict(encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),
     ("camvid", "short"): SHORT, ("cityscapes", "short"): {**CITYSCAPES, **SHORT}, ("synthetic", "short"): {**SHORT, **SYNTHETIC},
     ("camvid", "smoke"): SMOKE, ("cityscapes", "smoke"): {**CITYSCAPES, **SMOKE},
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
@@ -181,8 +182,9 @@ def read_log(path):
             file.truncate(len(whole + newline))
     try:
         log = [json.loads(line) for line in whole.splitlines()]
-        if any(entry["candidate"] != k or not {"tokens", "reward", "half_reward", "status"} <= entry.keys() for k, entry in enumerate(log)):
-            raise ValueError
+        for k, entry in enumerate(log):
+            if entry["candidate"] != k or not {"tokens", "reward", "half_reward", "status"} <= entry.keys():
+                raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path}: a line is missing or is not a candidate's; restore it or use another --run") from None
     return log
@@ -264,8 +266,11 @@ class Run:
 
     def autocast(self):
         """bf16 where the device has it. Only with channels_last: without, a depthwise convolution is 20x slower on a CPU."""
-        capable = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else self.device.type == "cpu" and
-                   any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
+        if self.device.type == "cuda":
+            capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capable = self.device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & {
+                name for name, there in torch.cpu.get_capabilities().items() if there is True}
         return torch.autocast(self.device.type, torch.bfloat16) if capable else contextlib.nullcontext()
 
     def to_device(self, module):
@@ -279,7 +284,7 @@ SAVE_SECONDS = 60                            # between checkpoints of a training
 
 
 def shrink(labels, size):
-    """Labels (N, H, W) at another size, by the nearest pixel: the loss is taken at 1/8 of the image."""
+    """Labels (N, H, W) at another size, each the pixel nearest the centre. [ours] The loss is taken at 1/8 of the image."""
     return F.interpolate(labels[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].to(torch.uint8)
 
 
@@ -503,7 +508,7 @@ def cell_loss(run, cell, cache, window):
 
 @torch.no_grad()
 def score(run, cell, cache, windows, batch):
-    """Scores at the labels' resolution over every frame after the first."""
+    """Sect. 3.3: scores on meta-val, at the labels' resolution, over every frame after the first."""
     cell.eval()
     confusion = Confusion(run.num_classes)
     for window in windows.split(batch):
@@ -516,7 +521,10 @@ def score(run, cell, cache, windows, batch):
 
 
 def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average):
-    """Trains candidate k; its log entry. average: running average of the half-way rewards so far, or None."""
+    """Sect. 3.3, 4.1: trains candidate k and scores it; its entry of the log, whose reward is the score.
+
+    average: running average of the half-way rewards so far, or None. A candidate below it is stopped there, and its
+    half-way score is its reward."""
     r, start = run.recipe, time.time()
     entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
     try:
@@ -526,7 +534,7 @@ def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average
         batches = [batch for epoch in range(r.search_epochs) for batch in
                    epoch_batches(len(meta_train), r.search_batch, generator(r.seed, "candidate", k, epoch))]
         for step, indices in enumerate(batches):
-            if step == len(batches) // 2 and r.early_stop:
+            if step == len(batches) // 2 and r.early_stop:                # Sect. 3.3: half way, is it promising?
                 scores = score(run, cell, cache, meta_val, r.search_batch)
                 entry["half_reward"] = scores.reward
                 if average is not None and scores.reward < average:
@@ -582,7 +590,7 @@ def search(run):
                     progress.start = time.time()
                 entry = try_candidate(run, static, genotype, k, *context, average)
                 append_log(path, entry)
-            if entry["half_reward"] is not None:
+            if entry["half_reward"] is not None:                          # Sect. 3.3: the running average; its decay [ours]
                 average = entry["half_reward"] if average is None else \
                     r.early_stop_decay * average + (1 - r.early_stop_decay) * entry["half_reward"]
             rewards.append(entry["reward"])
@@ -606,10 +614,14 @@ def best_genotypes(run):
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in ranked))[:run.recipe.cells]
 
 
+def cell_names(run):
+    return [f"cell-{k}" for k in range(len(best_genotypes(run)))]
+
+
 def finetune(run):
     """The baseline trained as long, then each cell: alone, then end to end."""
     cache = None
-    for name, genotype in [("baseline", None)] + [(f"cell-{k}", g) for k, g in enumerate(best_genotypes(run))]:
+    for name, genotype in [("baseline", None), *zip(cell_names(run), best_genotypes(run))]:
         if run.path(f"{name}.pt").exists():
             continue
         static, cell = load_video(run, "static").static, None
@@ -628,7 +640,9 @@ def finetune(run):
 
 
 def fit_cell_alone(run, name, cell, cache):
-    """Sect. 4.2: static network frozen, so on its stored outputs, like a candidate, but on the full training split."""
+    """Sect. 4.2: static network frozen, so on its stored outputs, like a candidate, but on the full training split.
+
+    [ours] So there is no augmentation, and on CityScapes the images are the search's (1024 wide, crop 512)."""
     r, windows = run.recipe, run.frames("train").windows(run.recipe.sequence_length)
     cell.train()
     return fit(run, name, cell, [torch.optim.Adam(cell.parameters(), lr=r.cell_lr)], r.cell_epochs, len(windows),
@@ -712,7 +726,7 @@ def frame_times(run, video):
 def evaluate(run):
     """Every network on val and test; the table's rows, and for Figs. 5 and 6 the frames on which two of them differ most."""
     r, rows, kept, splits = run.recipe, [], {}, run.splits[1:]            # the last one is reported
-    cells = [f"cell-{k}" for k in range(len(best_genotypes(run)))]
+    cells = cell_names(run)
     titles = {"static": "per-frame baseline", "baseline": "per-frame baseline, trained as long"}
     for name in (*titles, *cells):
         video = load_video(run, name)
@@ -725,7 +739,8 @@ def evaluate(run):
                 row[split], preds = evaluate_video(run, video, split, every)
             rows.append(row)
             kept.setdefault(name, preds)                                  # of the reported split, the first key_frame_every
-            print(f"evaluate: {row['title']}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %", flush=True)
+            print(f"evaluate: {row['title']}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %",
+                  flush=True)
     best = max(cells, key=lambda name: next(row["val"]["miou"] for row in rows if row["name"] == name))
     save(run.path("examples.pt"), differing_frames(run, splits[-1], kept["baseline"], kept[best], best))
     save(run.path("results.json"), {"rows": rows, "reported": splits[-1], "device": str(run.device), "best": best,
@@ -757,8 +772,8 @@ def print_table(results):
     print(f"\n{split} split; mIoU and consistency in %, ms on {results['device']} ({results['threads']} threads)")
     print(f"{'':38} {'key frame':>10} {'mIoU':>6} {'consistency':>11} {'parameters':>11} {'ms a frame':>10}   (val mIoU)")
     for row in results["rows"]:
-        print(f"{row['title']:38} {distance(row['key_frame_every']):>10} {100 * row[split]['miou']:6.1f} {100 * row[split]['consistency']:11.1f} "
-              f"{row['parameters']:11,} {row['ms_later_frame']:10.1f}   {100 * row['val']['miou']:.1f}")
+        print(f"{row['title']:38} {distance(row['key_frame_every']):>10} {100 * row[split]['miou']:6.1f} "
+              f"{100 * row[split]['consistency']:11.1f} {row['parameters']:11,} {row['ms_later_frame']:10.1f}   {100 * row['val']['miou']:.1f}")
     for title, genotype in dict((row["title"], row["genotype"]) for row in results["rows"] if row["genotype"]).items():
         print(f"{title}: {genotype}")
 
@@ -837,7 +852,7 @@ def predict(run, source, output, network=None, key_frame_every=0):
 # A stage, what it makes last (what tells that it is done), and what it needs.
 STAGES = {"pretrain": (pretrain, lambda run: ["static.pt"], None),
           "search": (search, lambda run: ["controller.pt"], "static.pt"),
-          "finetune": (finetune, lambda run: ["baseline.pt"] + [f"cell-{k}.pt" for k in range(len(best_genotypes(run)))], "controller.pt"),
+          "finetune": (finetune, lambda run: [f"{name}.pt" for name in ["baseline"] + cell_names(run)], "controller.pt"),
           "evaluate": (evaluate, lambda run: ["results.json"], "baseline.pt")}
 
 
@@ -850,7 +865,8 @@ def parse(arguments):
     """Command line -> namespace, recipe fields that were given. A flag a field."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
-                        help="defaults of all the fields below: paper's (camvid, cityscapes), cut to a CPU (synthetic), only to see that it runs")
+                        help="defaults of the recipe: the paper's (default for camvid, cityscapes), cut to a CPU (default for "
+                             "synthetic), or only to see that it runs")
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
     parser.add_argument("--stage", choices=[*STAGES, "predict"], help="this stage only")
@@ -859,40 +875,45 @@ def parse(arguments):
     own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, WebP or APNG, or one image")
     own.add_argument("--output", help="folder for label maps, overlays and the animation")
     own.add_argument("--network", help="static, baseline, cell-0, ... (default: the cell that is best on val)")
-    own.add_argument("--key-frame-every", type=int, default=0, metavar="N", help="static network on every Nth frame; 0: on the first only")
+    own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
+                     help="static network on every Nth frame; 0 (default): on the first only")
     fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
     for f in dataclasses.fields(Recipe):
-        flag, kind = "--" + f.name.replace("_", "-"), type(f.default)
+        kind, options = type(f.default), {"default": argparse.SUPPRESS, "help": f"{f.metadata['help']} ({f.default})"}
         if kind is bool:
-            fields.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.metadata["help"])
+            options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
-            fields.add_argument(flag, nargs="+" if ... in typing.get_args(f.type) else len(f.default), type=type(f.default[0]), default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})")
+            options.update(type=type(f.default[0]), nargs="+" if ... in typing.get_args(f.type) else len(f.default))
         else:
-            fields.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})",
-                                **({"choices": data.DATASETS} if f.name == "dataset" else {}))
+            options.update(type=kind, choices=data.DATASETS if f.name == "dataset" else None)
+        fields.add_argument(flag(f.name), **options)
     args = parser.parse_args(arguments)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     return args, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+MAY_BE_ZERO = ("seed validate_every input_longer_side input_pad key_frames weight_decay momentum controller_entropy "
+               "auxiliary_weight poly_power").split()
+
+
 def check(recipe):
     """Raises InputError for a value that can't work, naming the flag."""
-    for f in dataclasses.fields(recipe):
-        value, flag = getattr(recipe, f.name), "--" + f.name.replace("_", "-")
-        zero_allowed = f.name in ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
-                                  "controller_entropy", "auxiliary_weight", "early_stop", "poly_power")
+    for name, value in dataclasses.asdict(recipe).items():
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, (bool, str)) and (number < 0 or number == 0 and not zero_allowed or not math.isfinite(number)):
-                raise InputError(f"{flag} {number}: must be {'0 or more' if zero_allowed else 'more than 0'}")
-    for name in ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum"):
-        if getattr(recipe, name) >= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be below 1")
-    for name in ("static_batch", "search_batch", "cell_batch"):
-        if getattr(recipe, name) < 2:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: batch norm needs 2 or more (gap has one value an image)")
-    for name in ("static_scale", "end_scale"):
-        if getattr(recipe, name)[0] > getattr(recipe, name)[1]:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: from must not be above to")
+            if isinstance(number, (bool, str)):
+                continue
+            if not math.isfinite(number) or number < 0 or number == 0 and name not in MAY_BE_ZERO:
+                raise InputError(f"{flag(name)} {number}: must be {'0 or more' if name in MAY_BE_ZERO else 'more than 0'}")
+        if name in ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum") and value >= 1:
+            raise InputError(f"{flag(name)} {value}: must be below 1")
+        if name in ("static_batch", "search_batch", "cell_batch") and value < 2:
+            raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an image")
+        if name in ("static_scale", "end_scale") and value[0] > value[1]:
+            raise InputError(f"{flag(name)} {value}: the first must not be above the second")
     if recipe.sequence_length < 2:
         raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or more")
 
