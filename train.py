@@ -831,19 +831,19 @@ def predict(run, source, output, network=None, key_frame_every=0):
             seen.append((name, image))
             yield torch.from_numpy(image)
 
-    progress, start, animation = Progress("predict", count), time.time(), []
+    progress, start, animation, skip = Progress("predict", count), time.time(), [], math.ceil(count / ANIMATION[0])
     for k, pred in enumerate(stream(run, video, images(), key_frame_every)):
         (name, image), labels = seen.popleft(), pred.cpu().numpy()
         overlaid = Image.fromarray(figures.overlay(image, labels, dataset.palette))
         figures.save_indexed(output / "labels" / f"{name}.png", labels, dataset.palette)
         overlaid.save(output / "overlay" / f"{name}.png")
-        if k % math.ceil(count / ANIMATION[0]) == 0:
+        if k % skip == 0:
             overlaid.thumbnail((ANIMATION[1], 10000))
             animation.append(overlaid)
         progress.update(k + 1, frames_per_second=(k + 1) / (time.time() - start))
     animation[0].save(output / "overlay.webp", save_all=True, append_images=animation[1:], duration=100, loop=0, quality=70)
     print(f"predict: wrote {output}: labels/ (indexed PNG, class numbers), overlay/, overlay.webp" +
-          (f" (every {math.ceil(count / ANIMATION[0])}th frame)" if count > ANIMATION[0] else ""))
+          (f" (one frame in {skip})" if skip > 1 else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------
