@@ -109,8 +109,10 @@ class Files:
 
 
 def number(frame):
-    """The frame's number in its video: the last run of digits in the image's name (CLIP_FRAME, CITY_SEQ_FRAME_...)."""
-    return int(re.findall(r"\d+", pathlib.Path(frame.image).stem)[-1])
+    """The frame's number in its video: the last run of digits in the image's name (CLIP_FRAME, CITY_SEQ_FRAME_...).
+    None where the name has none."""
+    digits = re.findall(r"\d+", pathlib.Path(frame.image).stem)
+    return int(digits[-1]) if digits else None
 
 
 def ids(pairs):
@@ -249,7 +251,10 @@ def sequences(clips, length):
         raise ValueError(f"length must be 1 or more, got {length}")
     windows = []
     for clip in clips:
-        steps = [number(b) - number(a) for a, b in zip(clip, clip[1:])]
+        numbers = [number(frame) for frame in clip]
+        if None in numbers:                  # one's own names may not number the frames: then there is no gap to see
+            numbers = list(range(len(clip)))
+        steps = [b - a for a, b in zip(numbers, numbers[1:])]
         longest = 1.5 * statistics.median(steps) if steps else 0
         for k in range(len(clip) - length + 1):
             window = clip[k:k + length]

@@ -31,6 +31,11 @@ def test_windows_stay_in_a_clip_and_between_long_gaps():
     assert sequences([clip_of(5)], 2) == [] and len(sequences([clip_of(5)], 1)) == 1
 
 
+def test_windows_of_frames_without_numbers():
+    clip = [Frame(name, "label") for name in "abcd"]
+    assert sequences([clip], 3) == [clip[:3], clip[1:]]
+
+
 def test_windows_need_labels_after_their_first_frame():
     before, this = clip_of(18, labelled=False), clip_of(19)
     assert numbers(sequences([before + this], 2)) == [[18, 19]]

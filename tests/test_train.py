@@ -360,6 +360,36 @@ def test_two_processes_on_one_run(smoke):
             train.main(["--run", str(smoke[0]), "--schedule", "smoke"])
 
 
+def imitate(dataset, root):
+    """A few small clips in the layout of a real dataset: pictures and labels from the synthetic videos."""
+    source = data.Synthetic(None, "train")
+    for split in ("train", "val", "test"):
+        for c, clip in enumerate(source.clips[:8 if split == "train" else 2]):
+            for t, frame in enumerate(clip[:4 if dataset == "camvid" else 2]):
+                image, label = source.read(frame)
+                if dataset == "camvid":
+                    paths = root / split / f"clip{c}_{30 * t:06d}.png", root / f"{split}annot" / f"clip{c}_{30 * t:06d}.png"
+                else:
+                    name, label = f"ulm_{c:06d}_{18 + t:06d}", label + 7  # labelIds 7, 8, 11 and 12 are classes, 9 and 10 not
+                    paths = (root / "leftImg8bit_sequence" / split / "ulm" / f"{name}_leftImg8bit.png",
+                             root / "gtFine" / split / "ulm" / f"{name}_gtFine_labelIds.png")
+                for path, pixels in zip(paths, (image, label)):
+                    if dataset == "camvid" or t == 1 or "left" in path.name:          # CityScapes: the second is annotated
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("dataset", ["camvid", "cityscapes"])
+def test_every_stage_runs_on_a_real_layout(dataset, tmp_path, capsys):
+    imitate(dataset, tmp_path / "data")
+    train.main(["--dataset", dataset, "--data", str(tmp_path / "data"), "--schedule", "smoke", "--encoder-weights", "none",
+                "--search-batch", "4", "--cell-batch", "4", "--meta-val-share", "0.2", "--run", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["reported"] == ("test" if dataset == "camvid" else "val") and len(results["rows"]) == 4
+    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 7
+    assert f"{results['reported']} split" in capsys.readouterr().out
+
+
 # ---- predict
 
 @pytest.fixture
