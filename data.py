@@ -32,6 +32,19 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: the file or flag, and the remedy."""
 
 
+def run_main(main):
+    """Runs a script. What its user can mend (InputError; a folder that may not be written, a full disk) is one line
+    and exit status 2; Ctrl-C leaves a run that continues."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -441,6 +454,8 @@ def main():
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--output", default="contact-sheet.png", help="where the contact sheet goes; must not exist")
     args = parser.parse_args()
+    if not args.output.endswith(".png"):
+        raise InputError(f"--output {args.output}: must end in .png")
     if pathlib.Path(args.output).exists():
         raise InputError(f"{args.output}: exists already; choose another --output")
     kind, rows = DATASETS[args.dataset], []
@@ -470,8 +485,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

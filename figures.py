@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import IGNORE, InputError
+from data import IGNORE, InputError, run_main
 from dyncell import INPUTS, Genotype, location
 from ops import AGGREGATIONS, OPERATIONS
 
@@ -545,8 +545,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(lambda: main(sys.argv[1:]))

@@ -373,7 +373,7 @@ def finish(run, name, content):
 # ---------------------------------------------------------------------------------------------------------
 # Stage 1, pretrain: the static network (Sect. 6)
 
-IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"         # torchvision's; the name ends in its SHA-256
+IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"         # torchvision's; the name ends in its hash
 
 
 def load_encoder(encoder, source):
@@ -985,14 +985,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:                 # a folder that may not be written, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    data.run_main(main)
