@@ -7,6 +7,7 @@ which is zero outside without any case distinction.
 import copy
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -324,6 +325,25 @@ def test_deform_conv2d_at_whole_offsets(geometry):
               (expected + case["bias"][:, None, None]) / 2)
 
 
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("threads, parts", [(1, 5), (2, 3), (4, 2), (5, 1)])
+def test_deform_conv2d_in_parts(monkeypatch, threads, parts, with_mask):
+    """On a CPU as many images at a time as there are threads: the same values and gradients as one image alone."""
+    case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items() if with_mask or name != "mask"}
+    where, there = dict(stride=(2, 1), padding=(1, 0), dilation=(2, 1)), torch.randn(5, 12, 2, 3, **DOUBLE)
+    alone = [ops.deform_conv2d(**{name: t if name in ("weight", "bias") else t[b:b + 1] for name, t in case.items()}, **where)
+             for b in range(5)]
+    expected = torch.cat(alone)
+    sample, sizes = ops.sample_bilinear, []
+    monkeypatch.setattr(ops, "sample_bilinear", lambda x, *where: sizes.append(len(x) // 3) or sample(x, *where))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    actual = ops.deform_conv2d(**case, **where)
+    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= threads               # 3 offset groups an image
+    close(actual, expected.detach())
+    for a, e in zip(*(torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)), strict=True):
+        close(a, e)
+
+
 def test_deform_conv2d_empty_batch():
     case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=0).items()}
     out = ops.deform_conv2d(**case, stride=(2, 1), padding=(1, 0), dilation=(2, 1))
@@ -470,6 +490,39 @@ def test_zero_stops_what_is_not_finite():
 def test_multiply_adds():
     """By hand: 3x3 convolution, 8 -> 8 channels, on 5 x 6."""
     assert ops.multiply_adds(ops.OPERATIONS["conv3x3"](8).eval(), torch.zeros(1, 8, 5, 6)) == 9 * 8 * 8 * 5 * 6
+
+
+def test_megabytes_kept():
+    """By hand: ReLU keeps its result, a convolution what it was given (not counted); each storage counts once."""
+    x, mb = torch.randn(1, 4, 50, 50, requires_grad=True), 4 * 4 * 50 * 50 / 1e6
+    assert ops.megabytes_kept(nn.ReLU(), x) == pytest.approx(mb)
+    assert ops.megabytes_kept(nn.Conv2d(4, 4, 3, padding=1), x) == pytest.approx(mb)       # its result
+    assert ops.megabytes_kept(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Sigmoid(), nn.Conv2d(4, 4, 1)), x) \
+        == pytest.approx(2 * mb)                                          # the sigmoid's result, and the last one
+    assert ops.megabytes_kept(nn.Identity(), x) == 0
+
+
+def test_main_prints_a_row_for_every_entry(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "milliseconds_in_turn", lambda calls: {name: call() or 1.5 for name, call in calls.items()})
+    ops.main()
+    lines = capsys.readouterr().out.splitlines()
+    for token, name in (*enumerate(ops.OPERATIONS), *enumerate(ops.AGGREGATIONS)):
+        numbers = next(line[24:].split() for line in lines if line[:24].split() == [str(token), name])
+        assert numbers[0] == f"{PARAMETERS[name]:,}" and numbers[2:4] == ["1.50", "1.50"] and len(numbers) == 5
+    assert [line.split()[1] for line in lines[-2:]] == ["conv3x3", "deform3x3"]
+
+
+def test_milliseconds_take_turns():
+    """A round that doesn't count, then medians; a slow moment of the machine hits all calls alike."""
+    order, pause = [], iter((0.05, 0.03, 0.001, 0.001))                   # slow at first, and once more
+
+    def call():
+        order.append("a")
+        time.sleep(next(pause))
+
+    ms = ops.milliseconds_in_turn({"a": call, "b": lambda: order.append("b")}, repeats=3)
+    assert order == ["a", "b"] * 4
+    assert 1 <= ms["a"] < 30 and ms["b"] < ms["a"]
 
 
 @pytest.mark.parametrize("size", [(45, 60), (23, 30), (12, 15)])
