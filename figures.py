@@ -465,10 +465,10 @@ def cell(genotype, title):
 def read_log(path):
     """The lines of a JSON-lines log but for a last one that is still being written; [] where there is no file."""
     lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        raise InputError(f"{path}: a line is not JSON; restore it or remove the file") from None
+    try:                                     # several processes write as they come
+        return sorted(map(json.loads, lines), key=lambda entry: entry["candidate"])
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: a line is no candidate's; restore it or remove the file") from None
 
 
 def load(path):
@@ -499,7 +499,7 @@ def draw_search(folder):
 
 
 def draw_finetune(folder):
-    cells = {path.name.split(".")[0].removesuffix("-alone") for path in folder.glob("cell-*.pt")}
+    cells = {path.name.split(".")[0].removesuffix("-alone") for kind in ("cell", "random") for path in folder.glob(f"{kind}-*.pt")}
     cells, panels = sorted(cells, key=lambda name: (len(name), name)), []
     for what, suffix in ("cell alone", "-alone"), ("end to end", ""):
         lines = {name: series(history(folder, name + suffix), "loss") for name in ["baseline", *cells]}
@@ -508,7 +508,7 @@ def draw_finetune(folder):
         yield "curve-finetune", curves("Training on the full training split", panels)
     found = {Genotype.from_tokens(entry["tokens"]): entry["reward"] for entry in read_log(folder / "search.jsonl")}
     for name in cells:
-        if text := load(folder / f"{name}.pt").get("genotype"):
+        if (text := load(folder / f"{name}.pt").get("genotype")) and text != "decoder":
             genotype = Genotype.from_json(text)
             reward = f": reward {found[genotype]:.3f} in the search" if genotype in found else ""
             yield f"fig7-{name}", cell(genotype, name + reward)
@@ -522,14 +522,17 @@ def draw_evaluate(folder):
 STAGES = {"pretrain": draw_pretrain, "search": draw_search, "finetune": draw_finetune, "evaluate": draw_evaluate}
 
 
-def draw(folder, stage=None):
-    """Draws every figure whose input is in the run's folder, or those of one stage; the paths of what was written."""
+def draw(folder, stage=None, again=True):
+    """Draws every figure whose input is in the run's folder, or those of one stage; the paths of what was written.
+    again=False: only those that are missing."""
     folder, written = pathlib.Path(folder), []
     for name in [stage] if stage else STAGES:
         for figure, canvas in STAGES[name](folder):
             (folder / "figures").mkdir(exist_ok=True)
-            written.append(folder / "figures" / f"{figure}.png")
-            save_png(written[-1], canvas.finished())
+            path = folder / "figures" / f"{figure}.png"
+            if again or not path.exists():
+                save_png(path, canvas.finished())
+                written.append(path)
     return written
 
 

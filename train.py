@@ -13,20 +13,26 @@ goes on where it stopped, to the same result.
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
+import datetime
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
 import pickle
+import statistics
 import sys
 import time
 import typing
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
@@ -34,8 +40,8 @@ import data
 import figures
 from controller import PPO, Controller
 from data import Confusion, Consistency, Frames, InputError
-from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter, fold_batchnorm
-from ops import milliseconds, parameters
+from dyncell import CELLS, Arch2, DynamicCell, Genotype, VideoSegmenter, fold_batchnorm
+from ops import milliseconds, multiply_adds, parameters
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -77,6 +83,9 @@ class Recipe:
     cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's learning rate for a cell on the frozen static network (CityScapes: [ours])")
     early_stop: bool = field(True, "Sect. 3.3: stop a candidate half way that is below the running average")
     early_stop_decay: float = field(0.9, "[ours]: decay of that running average")
+    search_strategy: str = field("ppo", "Sect. 3.3: ppo; [ours]: random, every token drawn uniformly; both, one after the other")
+    latency_weight: float = field(0.0, "Sect. 1's outlook [ours]: W of reward * (time / target) ** -W; 0 for the paper's reward")
+    latency_target: float = field(0.0, "[ours]: that target, ms a frame of the cell alone; 0 for the time of the decoder it replaces")
     controller_lr: float = field(1e-4, "Sect. 4.1: Adam's learning rate for the controller")
     controller_clip: float = field(0.1, "[18]: PPO's clip")
     controller_baseline_decay: float = field(0.95, "[18]: decay of the reward's running mean")
@@ -84,8 +93,12 @@ class Recipe:
     controller_epochs: int = field(4, "[ours], measured in controller.py: optimiser steps an update")
     controller_entropy: float = field(1e-3, "[ours]: weight of the entropy bonus")
     # End-to-end training
-    cells: int = field(2, "Sect. 4.2: number of best cells trained on the full training split")
+    cells: int = field(2, "Sect. 4.2: number of best cells trained on the full training split; 0: no search, only --cell")
+    cell: tuple[str, ...] = field((), f"[ours]: cells to train by name: {', '.join(CELLS)}; decoder: arch2's own in a cell's place")
+    without_past: bool = field(True, "[ours]: train the best cell also with zeros in place of the previous frame")
+    seeds: int = field(1, "[ours]: times that the baseline and every cell are trained; the table has mean and deviation")
     cell_epochs: int = field(10, "Sect. 4.2: epochs of the cell alone, static network frozen")
+    cell_mirrored: bool = field(False, "[ours]: the cell alone also sees mirror images (twice the memory)")
     cell_batch: int = field(16, "Sect. 4.2: sequences a batch, cell alone and end to end")
     end_epochs: int = field(100, "Sect. 4.2: epochs end to end")
     end_lr_cell: float = field(4e-3, "Sect. 4.2: Adam's learning rate for the cell, end to end")
@@ -100,13 +113,13 @@ CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), s
                   input_crop=512, input_pad=0, cell_layers=4, search_epochs=10, cell_epochs=200, end_epochs=200,
                   end_crop=(769, 769), validate_every=50, key_frames=(0,))
 # Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
-SHORT = dict(static_epochs=45, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
-             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_candidates=24, search_epochs=2, search_batch=16,
-             controller_lr=3e-3, controller_rollout=4, cell_epochs=8, cell_batch=8, end_epochs=3, end_crop=(288, 384),
-             end_scale=(0.7, 1.4))
+SHORT = dict(static_epochs=60, static_batch=8, static_crop=(288, 384), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
+             static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2,
+             search_batch=16, controller_lr=3e-3, controller_rollout=4, cells=1, cell=("attention", "decoder"), cell_epochs=24,
+             cell_mirrored=True, cell_batch=8, end_epochs=3, end_crop=(360, 480))
 SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
-                 validate_every=5, cell_layers=3, search_candidates=8, search_epochs=4, controller_rollout=4, cell_epochs=8,
-                 cell_batch=16, end_crop=(96, 128), end_scale=(1.0, 1.0), end_epochs=1,
+                 validate_every=5, cell_layers=3, search_strategy="ppo", search_candidates=8, search_epochs=4, controller_rollout=4,
+                 cells=2, cell=(), cell_epochs=8, cell_mirrored=False, cell_batch=16, end_crop=(96, 128), end_epochs=1,
                  key_frames=(0, 3))
 SMOKE = dict(static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0, input_pad=0, cell_layers=2,
              search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2, cell_epochs=1, cell_batch=32,
@@ -137,15 +150,20 @@ def generator(*key):
 def save(path, content):
     """Writes beside, flushes, renames: a file is whole or not there. Tensors and plain values, or JSON by name."""
     path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".writing")
-    with open(beside, "wb") as file:
-        if path.suffix == ".json":
-            file.write(json.dumps(content, indent=1).encode())
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside, whole = path.with_name(path.name + ".writing"), io.BytesIO()
+    if path.suffix == ".json":
+        whole.write(json.dumps(content, indent=1).encode())
+    else:
+        torch.save(content, whole)
+    try:
+        with open(beside, "wb") as file:
+            file.write(whole.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:                          # a full disk: what was there before stays
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def load(path):
@@ -171,22 +189,51 @@ def fill(module, state, path):
                          "use another --run") from None
 
 
+def as_recipe(saved, path):
+    """A saved recipe. Raises InputError naming the fields when another version of this file wrote it."""
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        raise InputError(f"{path}: made by another version ({', '.join(sorted(known ^ set(saved)))}); use another --run")
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+
+
+def differing(saved, recipe, until=None):
+    """The fields in which two recipes differ, as one text, or "". Those after `until` don't count."""
+    saved, now = dataclasses.asdict(saved), dataclasses.asdict(recipe)
+    names = list(now)[:list(now).index(until) + 1 if until else None]
+    names = [name for name in names if saved[name] != now[name]]
+    more = f"; and {len(names) - 6} more" if len(names) > 6 else ""
+    return "; ".join(f"{name} {saved[name]!r} there, {now[name]!r} now" for name in names[:6]) + more
+
+
+def load_checkpoint(run, path):
+    """load() for what a training saved with its recipe. Raises InputError naming the fields when it was another."""
+    saved = load(path)
+    if not isinstance(saved, dict) or "recipe" not in saved:
+        raise InputError(f"{path}: holds no training's result; use another --run")
+    until = "validate_every" if path.name.startswith("static.") else None                 # it knows nothing of the search
+    if other := differing(as_recipe(saved["recipe"], path), run.recipe, until):
+        raise InputError(f"{path}: is the checkpoint of another recipe ({other}); remove it or use another --run")
+    return saved
+
+
 def read_log(path):
-    """The lines of a JSON-lines log. A torn last line (the machine stopped while it was written) is cut off."""
+    """A JSON-lines log of candidates -> {candidate: entry}. A torn last line (the machine stopped while it was
+    written) is cut off. Candidates that are missing are trained again, to the same entry."""
     if not path.exists():
-        return []
+        return {}
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         print(f"{path}: the last line is torn, cut off")
         with open(path, "r+b") as file:
             file.truncate(len(whole + newline))
     try:
-        log = [json.loads(line) for line in whole.splitlines()]
-        for k, entry in enumerate(log):
-            if entry["candidate"] != k or not {"tokens", "reward", "half_reward", "status"} <= entry.keys():
-                raise ValueError
+        entries = [json.loads(line) for line in whole.splitlines()]
+        log = {entry["candidate"]: entry for entry in entries}
+        if len(log) < len(entries) or not all({"tokens", "reward", "half_reward", "status"} <= entry.keys() for entry in entries):
+            raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{path}: a line is missing or is not a candidate's; restore it or use another --run") from None
+        raise InputError(f"{path}: a line is no candidate's, or a candidate has two; restore it or use another --run") from None
     return log
 
 
@@ -227,10 +274,14 @@ def duration(seconds):
 
 
 class Run:
-    """A run's folder, its recipe, its device and its data."""
+    """A run's folder, its recipe, its device, its data, and its place among torchrun's processes.
+
+    Every process does the same work on the same files, but for three things: a batch is shared out (fit), and so are
+    the candidates of a round (explore); and only rank 0 writes."""
 
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
+        self.rank, self.world, self.store = 0, 1, dist.HashStore()
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
             self.device = torch.zeros(0, device=device or best).device
@@ -239,6 +290,26 @@ class Run:
         self.num_classes = len(data.DATASETS[recipe.dataset].classes)
         self.splits = ("train", "val") if recipe.dataset == "cityscapes" else ("train", "val", "test")   # it keeps its test labels
         self._frames = {}
+
+    def join(self):
+        """Meets torchrun's other processes, if there are any: nccl where each has a GPU of its own, else gloo."""
+        self.rank, self.world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if self.world > 1:
+            gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)       # a candidate may take hours
+            if self.device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+                self.device = torch.device("cuda", torch.cuda.current_device())
+            own = self.device.type == "cuda" and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
+            dist.init_process_group("nccl" if own else "gloo", store=dist.PrefixStore("group", self.store), rank=self.rank,
+                                    world_size=self.world, timeout=forever)
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")                            # one process reports
+
+    def wait(self):
+        """Until every process is here, so that they see the same files."""
+        if self.world > 1:
+            dist.barrier()
 
     def path(self, name):
         return self.folder / name
@@ -331,10 +402,11 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
     """Trains the model and returns its history, a dict an epoch. Saves every minute; goes on from there.
 
     loss_of(indices, rng) gives the loss of a batch of indices below `count`. Every random choice of epoch e
-    comes from (seed, name, e): a run that was stopped goes on exactly as if it had not been."""
+    comes from (seed, name, e): a run that was stopped goes on exactly as if it had not been. Several processes
+    share each batch out and average their gradients; a batch norm sees its own process' share."""
     partial, history, since = run.path(f"{name}.partial.pt"), [], time.time()
     if partial.exists():
-        saved = load(partial)
+        saved = load_checkpoint(run, partial)
         history = saved["history"]
         fill(model, saved["model"], partial)
         for optimizer, state in zip(optimizers, saved["optimizers"]):
@@ -342,53 +414,68 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
         print(f"{name}: going on after epoch {len(history)}")
     a_epoch = len(epoch_batches(count, batch, generator(0)))
     steps = epochs * a_epoch
-    progress = Progress(name, steps, done=len(history) * a_epoch)
+    progress, objective = Progress(name, steps, done=len(history) * a_epoch), Objective(model, loss_of)
+    if run.world > 1:
+        objective = torch.nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
     for epoch in range(len(history), epochs):
         rng, losses, start = generator(run.recipe.seed, name, epoch), [], time.time()
-        for indices in epoch_batches(count, batch, rng):
+        batches = epoch_batches(count, batch, rng)                        # the same in every process,
+        rng = generator(run.recipe.seed, name, epoch, run.rank) if run.rank else rng      # but not their augmentation
+        for indices in batches:
             step = epoch * a_epoch + len(losses)
             try:
-                losses.append(train_step(loss_of(indices, rng), optimizers, step, steps, run.recipe.poly_power))
+                loss = objective(indices[run.rank::run.world], rng)
+                losses.append(train_step(loss, optimizers, step, steps, run.recipe.poly_power))
             except NotFinite as error:
                 raise InputError(f"{name}: {error}; try a smaller learning rate or another --seed") from None
             progress.update(step + 1, epoch=epoch + 1, loss=losses[-1], rate=optimizers[0].param_groups[0]["lr"])
         entry = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "seconds": time.time() - start}
-        if validate_every and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
+        if validate_every and run.rank == 0 and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
             entry["val_miou"] = validate()
             progress._print(f"{name}: epoch {epoch + 1}, loss {entry['loss']:.4f}, val mIoU {100 * entry['val_miou']:.1f} %", "\n")
         history.append(entry)
-        if time.time() - since > SAVE_SECONDS and epoch + 1 < epochs:
+        if run.rank == 0 and time.time() - since > SAVE_SECONDS and epoch + 1 < epochs:
             since = time.time()
-            save(partial, {"model": model.state_dict(), "history": history,
+            save(partial, {"model": model.state_dict(), "history": history, "recipe": dataclasses.asdict(run.recipe),
                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     return history
 
 
+class Objective(torch.nn.Module):
+    """A loss as a module that holds its model: what DistributedDataParallel takes."""
+
+    def __init__(self, model, loss_of):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, indices, rng):
+        return self.loss_of(indices, rng)
+
+
 def finish(run, name, content):
     """The result of a training takes the place of its partial checkpoint."""
-    save(run.path(f"{name}.pt"), content)
-    run.path(f"{name}.partial.pt").unlink(missing_ok=True)
+    if run.rank == 0:
+        save(run.path(f"{name}.pt"), {**content, "recipe": dataclasses.asdict(run.recipe)})
+        run.path(f"{name}.partial.pt").unlink(missing_ok=True)
+    run.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Stage 1, pretrain: the static network (Sect. 6)
 
-IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"         # torchvision's; the name ends in its hash
+# torchvision's file, where torch.hub keeps it; the name ends in the first digits of its SHA-256.
+IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 
 
 def load_encoder(encoder, source):
-    """ImageNet weights into the encoder: "imagenet" (downloaded once by torch.hub), a file, or "none"."""
+    """ImageNet weights into the encoder: "imagenet" (downloaded once), a file, or "none"."""
     if source == "none":
         print("the encoder starts from random weights (--encoder-weights none): on real images this costs much accuracy")
         return
     if source == "imagenet":
-        try:
-            state = torch.hub.load_state_dict_from_url(IMAGENET, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:                          # urllib's errors; a wrong SHA-256
-            raise InputError(f"{IMAGENET}: cannot be downloaded ({error}); get it elsewhere and pass "
-                             "--encoder-weights FILE, or pass --encoder-weights none") from None
-    else:
-        state = load(source)
+        source = data.download(IMAGENET, pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name),
+                               "pass --encoder-weights FILE (or none)", sha256=IMAGENET[-12:-4])
+    state = load(source)
     try:
         encoder.load_imagenet(state)
     except (ValueError, AttributeError) as error:
@@ -399,7 +486,8 @@ def pretrain(run):
     r, frames = run.recipe, run.frames("train")
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = Arch2(run.num_classes, auxiliary=True)
-    load_encoder(model.encoder, r.encoder_weights)
+    if run.rank == 0:                        # the others get rank 0's weights before the first step
+        load_encoder(model.encoder, r.encoder_weights)
     model = run.to_device(model)
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.SGD([{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
@@ -427,12 +515,13 @@ def pretrain(run):
 def load_video(run, name):
     """The network of a checkpoint (static, baseline or cell-K) as a VideoSegmenter, on the device, in eval mode."""
     path, static, cell = run.path(f"{name}.pt"), Arch2(run.num_classes), None
-    saved = load(path)
-    if not isinstance(saved, dict) or "static" not in saved:
+    saved = load_checkpoint(run, path)
+    if "static" not in saved:
         raise InputError(f"{path}: holds no network; use another --run")
     fill(static, saved["static"], path)
     if "cell" in saved:
-        cell = DynamicCell(Genotype.from_json(saved["genotype"]), run.num_classes)
+        cell = Decoder(static) if saved["genotype"] == DECODER else \
+            DynamicCell(Genotype.from_json(saved["genotype"]), run.num_classes, past=saved["past"])
         fill(cell, saved["cell"], path)
     return run.to_device(VideoSegmenter(static, cell)).eval()
 
@@ -447,17 +536,19 @@ class Cache:
     LAYERS = "layer2", "layer3", "layer4", "dec"
 
     @torch.no_grad()
-    def __init__(self, run, static, split="train", batch=8):
-        count = len(run.frames(split).list)
-        progress, parts = Progress(f"static outputs of {split}", count), []
-        for k in range(0, count, batch):
-            index = torch.arange(k, min(k + batch, count))
-            images, labels = run.prepared(split, index)
+    def __init__(self, run, static, mirrored=False, split="train", batch=8):
+        self.count = len(run.frames(split).list)
+        starts = [(flip, k) for flip in (False, True)[:1 + mirrored] for k in range(0, self.count, batch)]
+        progress, parts = Progress(f"static outputs of {split}", len(starts)), []
+        for step, (flip, k) in enumerate(starts):
+            images, labels = run.prepared(split, torch.arange(k, min(k + batch, self.count)))
+            if flip:                         # frame k's mirror image is frame count + k
+                images, labels = images.flip(-1), labels.flip(-1)
             with run.autocast():
                 features = static.encode(images)
                 dec, _ = static.decode(features)
             parts.append([x.half() for x in (*features[1:], dec)] + [labels, shrink(labels, dec.shape[-2:])])
-            progress.update(index[-1].item() + 1)
+            progress.update(step + 1)
         *layers, self.labels, self.small_labels = (torch.cat(part) for part in zip(*parts))
         self.layers = dict(zip(self.LAYERS, layers))
 
@@ -492,10 +583,12 @@ def meta_split(windows, share, rng):
     return train, val
 
 
-def new_cell(run, static, genotype, rng):
-    """A cell whose classifier starts as a copy of the static one (Sect. 3.2)."""
+def new_cell(run, static, genotype, rng, past=True):
+    """A cell whose classifier starts as a copy of the static one (Sect. 3.2); for DECODER a copy of all its decoder."""
+    if genotype == DECODER:
+        return run.to_device(Decoder(static))
     torch.manual_seed(rng.initial_seed())
-    cell = DynamicCell(genotype, run.num_classes)
+    cell = DynamicCell(genotype, run.num_classes, past)
     cell.classifier.load_state_dict(static.classifier.state_dict())
     return run.to_device(cell)
 
@@ -525,26 +618,30 @@ def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average
 
     average: running average of the half-way rewards so far, or None. A candidate below it is stopped there, and its
     half-way score is its reward."""
-    r, start = run.recipe, time.time()
+    r, start, worth = run.recipe, time.time(), 1.0
     entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
     try:
         cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
         entry["parameters"] = parameters(cell)
+        if r.latency_weight:
+            entry["ms"] = cell_milliseconds(cell, cache)
+            target = r.latency_target or cell_milliseconds(Decoder(static), cache)
+            worth = (entry["ms"] / target) ** -r.latency_weight           # Sect. 1's outlook; [ours]
         optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr)
         batches = [batch for epoch in range(r.search_epochs) for batch in
                    epoch_batches(len(meta_train), r.search_batch, generator(r.seed, "candidate", k, epoch))]
         for step, indices in enumerate(batches):
             if step == len(batches) // 2 and r.early_stop:                # Sect. 3.3: half way, is it promising?
                 scores = score(run, cell, cache, meta_val, r.search_batch)
-                entry["half_reward"] = scores.reward
-                if average is not None and scores.reward < average:
+                entry["half_reward"] = scores.reward * worth
+                if average is not None and entry["half_reward"] < average:
                     entry["stopped"] = True
                     break
             cell.train()
             train_step(cell_loss(run, cell, cache, meta_train[indices]), [optimizer], step, len(batches), r.poly_power)
         else:
             scores = score(run, cell, cache, meta_val, r.search_batch)
-        entry.update(reward=scores.reward, miou=scores.miou, fwiou=scores.fwiou, macc=scores.macc)
+        entry.update(reward=scores.reward * worth, miou=scores.miou, fwiou=scores.fwiou, macc=scores.macc)
     except NotFinite as error:
         entry.update(status="not finite", reason=str(error))
     except Exception as error:               # torch says it by a class of its own on a GPU, by its text elsewhere
@@ -556,97 +653,177 @@ def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average
     return {**entry, "seconds": round(time.time() - start, 2), "tokens": tokens, "genotype": json.loads(genotype.to_json())}
 
 
+@torch.no_grad()
+def cell_milliseconds(cell, cache):
+    """Of a frame, for a cell alone: folded, batch 1. A measurement: with a latency in the reward a search is reproducible
+    only in so far as the machine's times are."""
+    inputs = [cache(name, torch.tensor([0])) for name in ("layer4", "dec", "layer2", "layer3", "layer4")]
+    cell = fold_batchnorm(cell).to(memory_format=torch.channels_last)
+    return milliseconds(cell, *inputs)
+
+
+DECODER = "decoder"                          # stands where a genotype does
+
+
+class Decoder(torch.nn.Module):
+    """A copy of arch2's decoder as a cell that doesn't look at the past. [ours] The strictest control of what a cell's
+    structure is worth: trained alone and end to end by the same steps as the cells. (No block of arch2 uses layer1.)"""
+
+    def __init__(self, static):
+        super().__init__()
+        self.static = copy.deepcopy(static)
+        self.static.encoder = None
+
+    def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4):
+        return self.static.decode((None, layer2, layer3, layer4))
+
+
+def logs(recipe):
+    """The searches of a run: strategy -> the log's name."""
+    return {"both": {"ppo": "search.jsonl", "random": "random.jsonl"}}.get(recipe.search_strategy,
+                                                                           {recipe.search_strategy: "search.jsonl"})
+
+
 def search(run):
+    r = run.recipe
+
+    @functools.cache
+    def context():                           # only when a candidate is missing
+        static = load_video(run, "static").static
+        cache = Cache(run, static)
+        meta_train, meta_val = meta_split(run.frames("train").windows(r.sequence_length), r.meta_val_share,
+                                          generator(r.seed, "meta"))
+        print(f"search: {len(meta_train)} sequences to train on, {len(meta_val)} to score on")
+        return static, cache, meta_train, meta_val
+
+    if r.cells:
+        made = {strategy: explore(run, strategy, run.path(name), context) for strategy, name in logs(r).items()}
+        finish(run, "controller", made.get("ppo", {}))
+    else:
+        print("search: none, as --cells is 0")
+        finish(run, "controller", {})
+
+
+def explore(run, strategy, path, context):
     """The log is the truth: a search that goes on replays it. The controller draws the same tokens, takes the logged
-    rewards, makes the same updates, and trains only the candidates that the log does not have."""
-    r, path = run.recipe, run.path("search.jsonl")
-    log, context = read_log(path), None
+    rewards, makes the same updates, and trains only the candidates that the log does not have.
+
+    A round is the candidates between two updates, of which each process takes the next one that nobody has. Every
+    process makes every update, so all have the same controller; rank 0 writes the log."""
+    r, log = run.recipe, read_log(path)
+    run.wait()                                                            # nobody writes before all have read
     if log:
         print(f"search: {len(log)} candidates stand in {path}")
     torch.manual_seed(generator(r.seed, "controller").initial_seed())
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, learning_rate=r.controller_lr, clip=r.controller_clip, baseline_decay=r.controller_baseline_decay,
               epochs=r.controller_epochs, entropy_weight=r.controller_entropy)
-    average, best, progress = None, 0.0, Progress("search", r.search_candidates, done=len(log))
-    for first in range(0, r.search_candidates, r.controller_rollout):
-        count = min(r.controller_rollout, r.search_candidates - first)
-        sampled, log_prob = controller.sample(count, generator(r.seed, "sample", first))
-        tokens, rewards = sampled.clone(), []
-        for k in range(first, first + count):
-            genotype = Genotype.from_tokens(tokens[k - first])
-            if k < len(log):
-                entry = log[k]
-                if entry["tokens"] != genotype.to_tokens():               # another processor may round another way
-                    print(f"search: the log's candidate {k} is not the one this machine would sample; the log's is taken")
-                    tokens[k - first] = torch.tensor(entry["tokens"])
-            else:
-                if context is None:
-                    static = load_video(run, "static").static
-                    cache = Cache(run, static)
-                    meta_train, meta_val = meta_split(run.frames("train").windows(r.sequence_length), r.meta_val_share,
-                                                      generator(r.seed, "meta"))
-                    context = cache, meta_train, meta_val
-                    print(f"search: {len(meta_train)} sequences to train on, {len(meta_val)} to score on")
-                    progress.start = time.time()
-                entry = try_candidate(run, static, genotype, k, *context, average)
-                append_log(path, entry)
-            if entry["half_reward"] is not None:                          # Sect. 3.3: the running average; its decay [ours]
-                average = entry["half_reward"] if average is None else \
-                    r.early_stop_decay * average + (1 - r.early_stop_decay) * entry["half_reward"]
-            rewards.append(entry["reward"])
-            best = max(best, entry["reward"])
-            progress.update(k + 1, reward=entry["reward"], best=best, half_way_average=average or 0)
-        if not torch.equal(tokens, sampled):
-            log_prob = controller.log_prob(tokens)[0].detach()
-        last = ppo.update(tokens, log_prob, torch.tensor(rewards))
-    save(run.path("controller.pt"), {"controller": controller.state_dict(), "last_update": last})
+    average, last, progress = None, {}, Progress(f"search ({strategy})", r.search_candidates, done=len(log))
+    a_round = math.ceil(r.controller_rollout / run.world) * run.world
+    for first in range(0, r.search_candidates, a_round):
+        numbers = range(first, min(first + a_round, r.search_candidates))
+        draw = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
+        tokens = controller.sample(len(numbers), draw)[0] if strategy == "ppo" else controller.random(len(numbers), draw)
+        for k, row in zip(numbers, tokens):
+            if k in log and log[k]["tokens"] != row.tolist():             # another processor may round another way
+                print(f"search: the log's candidate {k} is not the one this machine would sample; the log's is taken")
+                row.copy_(torch.tensor(log[k]["tokens"]))
+        genotypes = {k: Genotype.from_tokens(row) for k, row in zip(numbers, tokens)}
+        missing, store = [k for k in numbers if k not in log], dist.PrefixStore(f"{path.name} {first}", run.store)
+
+        def collect(k):                                                   # waits for the process that has it
+            log[k] = json.loads(store.get(str(k)))
+            if run.rank == 0:
+                append_log(path, log[k])
+            progress.update(len(log), reward=log[k]["reward"], best=max(entry["reward"] for entry in log.values()),
+                            half_way_average=average or 0)
+
+        while (turn := store.add("turn", 1)) <= len(missing):             # counts over all processes
+            k, (static, *data_of_search) = missing[turn - 1], context()
+            store.set(str(k), json.dumps(try_candidate(run, static, genotypes[k], k, *data_of_search, average)))
+            for k in missing:
+                if k not in log and store.check([str(k)]):
+                    collect(k)
+        for k in missing:
+            if k not in log:
+                collect(k)
+        for k in numbers:                    # Sect. 3.3: the running average; its decay, and that it moves a round: [ours]
+            if (half := log[k]["half_reward"]) is not None:
+                average = half if average is None else r.early_stop_decay * average + (1 - r.early_stop_decay) * half
+        if strategy == "ppo":
+            last = ppo.update(tokens, controller.log_prob(tokens)[0].detach(), torch.tensor([log[k]["reward"] for k in numbers]))
+    return {"controller": controller.state_dict(), "last_update": last}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Stage 3, finetune: the best cells on the full training split (Sect. 4.2)
 
-def best_genotypes(run):
-    """The `cells` best different genotypes of the search's log."""
-    path = run.path("search.jsonl")
-    ranked = sorted((entry for entry in read_log(path) if entry["status"] == "ok"), key=lambda entry: -entry["reward"])
+def best_genotypes(run, log="search.jsonl"):
+    """The `cells` best different genotypes of a search's log."""
+    ranked = sorted((entry for entry in read_log(run.path(log)).values() if entry["status"] == "ok"),
+                    key=lambda entry: (-entry["reward"], entry["candidate"]))
     if not ranked:
-        raise InputError(f"{path}: no candidate came through, so there is no cell to train; search again with another --run")
+        raise InputError(f"{run.path(log)}: no candidate came through, so there is no cell to train; use another --run")
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in ranked))[:run.recipe.cells]
 
 
-def cell_names(run):
-    return [f"cell-{k}" for k in range(len(best_genotypes(run)))]
+Network = collections.namedtuple("Network", "name title genotype past seed", defaults=(None, True, 0))
+
+
+def networks(run):
+    """What finetune trains and evaluate scores, in the table's order."""
+    r = run.recipe
+    chosen = [Network("baseline", "per-frame baseline, trained as long")]
+    for strategy, log in logs(r).items() if r.cells else ():
+        kind, said = ("random", "random search") if log == "random.jsonl" else ("cell", strategy.replace("ppo", "PPO"))
+        chosen += [Network(f"{kind}-{k}", f"{kind}-{k}, {said}", genotype) for k, genotype in enumerate(best_genotypes(run, log))]
+    if r.without_past and len(chosen) > 1 and set(chosen[1].genotype.inputs()) & {0, 1}:
+        chosen.insert(2, Network("cell-0-without-past", "cell-0, the past zeroed", chosen[1].genotype, past=False))
+    titles = {DECODER: "arch2's decoder as the cell", **{f"cell{k}": f"cell{k} (reconstructed)" for k in range(4)}}
+    chosen += [Network(f"cell-{name}", titles.get(name, name), CELLS.get(name, DECODER)) for name in r.cell]
+    return [one._replace(name=one.name + f"-seed{seed}" * (seed > 0), seed=seed) for one in chosen for seed in range(r.seeds)]
 
 
 def finetune(run):
     """The baseline trained as long, then each cell: alone, then end to end."""
     cache = None
-    for name, genotype in [("baseline", None), *zip(cell_names(run), best_genotypes(run))]:
+
+    def written(cell, genotype, past):
+        return {"cell": cell.state_dict(), "genotype": DECODER if genotype == DECODER else genotype.to_json(), "past": past}
+    for name, _, genotype, past, _ in networks(run):
         if run.path(f"{name}.pt").exists():
             continue
         static, cell = load_video(run, "static").static, None
         if genotype is not None:
             print(f"{name}: {genotype}")
-            cell = new_cell(run, static, genotype, generator(run.recipe.seed, name))
-            if run.path(f"{name}-alone.pt").exists():
-                fill(cell, load(run.path(f"{name}-alone.pt"))["cell"], run.path(f"{name}-alone.pt"))
+            cell = new_cell(run, static, genotype, generator(run.recipe.seed, name), past)
+            alone = run.path(f"{name}-alone.pt")
+            if alone.exists():
+                fill(cell, load_checkpoint(run, alone)["cell"], alone)
             else:
-                cache = cache or Cache(run, static)
+                cache = cache or Cache(run, static, run.recipe.cell_mirrored)
                 history = fit_cell_alone(run, f"{name}-alone", cell, cache)
-                finish(run, f"{name}-alone", {"cell": cell.state_dict(), "genotype": genotype.to_json(), "history": history})
+                finish(run, f"{name}-alone", {"history": history, **written(cell, genotype, past)})
         video, history = fit_end_to_end(run, name, VideoSegmenter(static, cell))
         finish(run, name, {"static": video.static.state_dict(), "history": history,
-                           **({"cell": cell.state_dict(), "genotype": genotype.to_json()} if cell else {})})
+                           **(written(cell, genotype, past) if cell else {})})
 
 
 def fit_cell_alone(run, name, cell, cache):
     """Sect. 4.2: static network frozen, so on its stored outputs, like a candidate, but on the full training split.
 
-    [ours] So there is no augmentation, and on CityScapes the images are the search's (1024 wide, crop 512)."""
+    [ours] So there is no augmentation but the stored mirror images, if any, and on CityScapes the images are the
+    search's (1024 wide, crop 512)."""
     r, windows = run.recipe, run.frames("train").windows(run.recipe.sequence_length)
     cell.train()
-    return fit(run, name, cell, [torch.optim.Adam(cell.parameters(), lr=r.cell_lr)], r.cell_epochs, len(windows),
-               r.cell_batch, lambda indices, rng: cell_loss(run, cell, cache, windows[indices]))
+
+    def loss_of(indices, rng):
+        window = windows[indices]
+        if r.cell_mirrored:
+            window = window + cache.count * torch.randint(2, (len(window), 1), generator=rng)
+        return cell_loss(run, cell, cache, window)
+    return fit(run, name, cell, [torch.optim.Adam(cell.parameters(), lr=r.cell_lr)], r.cell_epochs, len(windows), r.cell_batch,
+               loss_of)
 
 
 def fit_end_to_end(run, name, video):
@@ -715,36 +892,40 @@ def evaluate_video(run, video, split, key_frame_every=0, consistency=3):
 
 
 @torch.no_grad()
-def frame_times(run, video):
-    """Milliseconds of a key frame and of a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
+def frame_costs(run, video):
+    """A key frame and a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
     image, _ = run.frames("val")[0]
     image, video = data.normalise(image[None]).contiguous(memory_format=torch.channels_last), for_inference(video)
     _, state = video.step(image)
-    return milliseconds(video.step, image, repeats=15), milliseconds(lambda x: video.step(x, state), image, repeats=15)
+    return {"ms_key_frame": milliseconds(video.step, image, repeats=15),
+            "ms_later_frame": milliseconds(lambda x: video.step(x, state), image, repeats=15),
+            "multiply_adds": multiply_adds(lambda: video.step(image, state))}
 
 
 def evaluate(run):
     """Every network on val and test; the table's rows, and for Figs. 5 and 6 the frames on which two of them differ most."""
-    r, rows, kept, splits = run.recipe, [], {}, run.splits[1:]            # the last one is reported
-    cells = cell_names(run)
-    titles = {"static": "per-frame baseline", "baseline": "per-frame baseline, trained as long"}
-    for name in (*titles, *cells):
+    r, splits, partial = run.recipe, run.splits[1:], run.path("results.partial.json")     # the last split is reported
+    rows = load(partial) if partial.exists() else []
+    for name, title, genotype, _, seed in [Network("static", "per-frame baseline"), *networks(run)]:
+        if any(row["name"] == name for row in rows):
+            continue
         video = load_video(run, name)
-        key_ms, later_ms = frame_times(run, video)
-        for every in dict.fromkeys(r.key_frames) if video.cell else (1,):
-            row = {"name": name, "title": titles.get(name, name), "key_frame_every": every, "parameters": parameters(video),
-                   "ms_key_frame": key_ms, "ms_later_frame": later_ms,
-                   "genotype": str(video.cell.genotype) if video.cell else None}
+        costs = frame_costs(run, video)
+        for every in dict.fromkeys(r.key_frames) if genotype else (1,):
+            row = {"name": name, "title": title, "seed": seed, "key_frame_every": every, "parameters": parameters(video), **costs,
+                   "genotype": genotype and str(genotype)}
             for split in splits:
-                row[split], preds = evaluate_video(run, video, split, every)
+                row[split], _ = evaluate_video(run, video, split, every)
             rows.append(row)
-            kept.setdefault(name, preds)                                  # of the reported split, the first key_frame_every
-            print(f"evaluate: {row['title']}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %",
-                  flush=True)
-    best = max(cells, key=lambda name: next(row["val"]["miou"] for row in rows if row["name"] == name))
-    save(run.path("examples.pt"), differing_frames(run, splits[-1], kept["baseline"], kept[best], best))
-    save(run.path("results.json"), {"rows": rows, "reported": splits[-1], "device": str(run.device), "best": best,
+            print(f"evaluate: {name}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %", flush=True)
+        save(partial, rows)
+    best = max((row for row in rows if row["genotype"]), key=lambda row: row["val"]["miou"], default=rows[0])
+    baseline, cell = (evaluate_video(run, load_video(run, row["name"]), splits[-1], row["key_frame_every"])[1]
+                      for row in (next(row for row in rows if row["name"] == "baseline"), best))
+    save(run.path("examples.pt"), differing_frames(run, splits[-1], baseline, cell, best["name"]))
+    save(run.path("results.json"), {"rows": rows, "reported": splits[-1], "device": str(run.device), "best": best["name"],
                                     "threads": torch.get_num_threads(), "torch": torch.__version__})
+    partial.unlink()
 
 
 def differing_frames(run, split, baseline, cell, cell_name, count=4, apart=20):
@@ -767,13 +948,28 @@ def distance(every):
 
 
 def print_table(results):
-    """The paper's Table 5 from results.json."""
-    split = results["reported"]
-    print(f"\n{split} split; mIoU and consistency in %, ms on {results['device']} ({results['threads']} threads)")
-    print(f"{'':38} {'key frame':>10} {'mIoU':>6} {'consistency':>11} {'parameters':>11} {'ms a frame':>10}   (val mIoU)")
-    for row in results["rows"]:
-        print(f"{row['title']:38} {distance(row['key_frame_every']):>10} {100 * row[split]['miou']:6.1f} "
-              f"{100 * row[split]['consistency']:11.1f} {row['parameters']:11,} {row['ms_later_frame']:10.1f}   {100 * row['val']['miou']:.1f}")
+    """The paper's Table 5 from results.json, and the IoU of each class."""
+    split, groups = results["reported"], collections.defaultdict(list)
+    for row in results["rows"]:                                           # the seeds of a row are reported as one
+        groups[row["title"], row["key_frame_every"]].append(row)
+
+    def percent(rows, split, name):
+        values = [100 * row[split][name] for row in rows]
+        return f"{statistics.mean(values):.1f}" + (f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    print(f"\n{split} split; mIoU and consistency in %, a later frame's multiply-adds (G) and ms on {results['device']} "
+          f"({results['threads']} threads)" + "; mean ± deviation over seeds" * (len(groups) < len(results["rows"])))
+    print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
+          f"{'ms a frame':>10} {'val mIoU':>10}")
+    for (title, every), rows in groups.items():
+        print(f"{title:38} {distance(every):>10} {percent(rows, split, 'miou'):>10} {percent(rows, split, 'consistency'):>11} "
+              f"{rows[0]['parameters']:11,} {rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:10.1f} "
+              f"{percent(rows, 'val', 'miou'):>10}")
+    classes = results["rows"][0][split]["iou"]
+    print(f"\n{'IoU of each class (the first key frame)':38}" + "".join(f" {name[:10]:>10}" for name in classes))
+    for title, rows in reversed({title: rows for (title, _), rows in reversed(groups.items())}.items()):
+        values = ([row[split]["iou"][name] for row in rows] for name in classes)
+        print(f"{title:38}" + "".join(f"{'-' if None in v else f'{100 * statistics.mean(v):.1f}':>11}" for v in values))
     for title, genotype in dict((row["title"], row["genotype"]) for row in results["rows"] if row["genotype"]).items():
         print(f"{title}: {genotype}")
 
@@ -793,16 +989,20 @@ def read_frames(source):
         if not paths:
             raise InputError(f"{source}: holds no .png or .jpg; --input is a folder of frames, an animation or one image")
         return len(paths), ((path.stem, data.read_image(path)) for path in paths)
-    data.read_image(source)                                               # says what is wrong with it
-    animation = Image.open(source)
-    count = getattr(animation, "n_frames", 1)
+    formats = (*data.FORMATS, "GIF", "WEBP")
+    data.read_image(source, formats)                                      # says what is wrong with it
+    animation = Image.open(source, formats=formats)
+    try:
+        count = getattr(animation, "n_frames", 1)
+    except Exception as error:               # Pillow's decoders raise many kinds
+        raise InputError(f"{source}: its frames cannot be counted ({error})") from None
 
     def frames():
         for k in range(count):
             try:
                 animation.seek(k)
                 yield (f"{source.stem}_{k:05d}" if count > 1 else source.stem), np.array(animation.convert("RGB"))
-            except (OSError, EOFError, SyntaxError) as error:
+            except Exception as error:
                 raise InputError(f"{source}: frame {k} cannot be decoded ({error}); the frames before it are done") from None
     return count, frames()
 
@@ -852,8 +1052,11 @@ def predict(run, source, output, network=None, key_frame_every=0):
 # A stage, what it makes last (what tells that it is done), and what it needs.
 STAGES = {"pretrain": (pretrain, lambda run: ["static.pt"], None),
           "search": (search, lambda run: ["controller.pt"], "static.pt"),
-          "finetune": (finetune, lambda run: [f"{name}.pt" for name in ["baseline"] + cell_names(run)], "controller.pt"),
+          "finetune": (finetune, lambda run: [f"{network.name}.pt" for network in networks(run)], "controller.pt"),
           "evaluate": (evaluate, lambda run: ["results.json"], "baseline.pt")}
+
+
+CHOICES = {"dataset": data.DATASETS, "search_strategy": ("ppo", "random", "both"), "cell": (*CELLS, "decoder")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -883,9 +1086,10 @@ def parse(arguments):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
-            options.update(type=type(f.default[0]), nargs="+" if ... in typing.get_args(f.type) else len(f.default))
+            of, *more = typing.get_args(f.type)
+            options.update(type=of, nargs="+" if ... in more else len(f.default), choices=CHOICES.get(f.name))
         else:
-            options.update(type=kind, choices=data.DATASETS if f.name == "dataset" else None)
+            options.update(type=kind, choices=CHOICES.get(f.name))
         fields.add_argument(flag(f.name), **options)
     args = parser.parse_args(arguments)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
@@ -897,7 +1101,7 @@ def flag(name):
 
 
 MAY_BE_ZERO = ("seed validate_every input_longer_side input_pad key_frames weight_decay momentum controller_entropy "
-               "auxiliary_weight poly_power").split()
+               "auxiliary_weight poly_power cells latency_weight latency_target").split()
 
 
 def check(recipe):
@@ -914,6 +1118,8 @@ def check(recipe):
             raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an image")
         if name in ("static_scale", "end_scale") and value[0] > value[1]:
             raise InputError(f"{flag(name)} {value}: the first must not be above the second")
+    if not recipe.cells and not recipe.cell:
+        raise InputError("--cells 0: then --cell must name a cell, or there is none to train")
     if recipe.sequence_length < 2:
         raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or more")
 
@@ -926,19 +1132,29 @@ def settle_recipe(folder, schedule, given, stage=None):
     default = "short" if dataset == "synthetic" else "paper"
     if not path.exists() or not (any(folder.glob("*.pt")) or (folder / "search.jsonl").exists()):
         return recipe_for(**{"dataset": dataset, "schedule": schedule or default, **given})
-    saved, known = load(path), {f.name for f in dataclasses.fields(Recipe)}
-    if not isinstance(saved, dict) or saved.keys() != known:
-        raise InputError(f"{path}: made by another version ({', '.join(sorted(known ^ set(saved)))}); use another --run")
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    wanted = given
+    saved = as_recipe(load(path), path)
     if schedule or not stage:
-        wanted = dataclasses.asdict(recipe_for(**{"dataset": dataset, "schedule": schedule or default, **given}))
-    differing = [f"{name} {saved[name]!r} there, {value!r} now" for name, value in wanted.items() if saved[name] != value]
-    if differing:
-        more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
-        raise InputError(f"{path}: is the recipe of another run ({'; '.join(differing[:6])}{more}); give the flags it was "
-                         "made with, or use another --run")
-    return Recipe(**saved)
+        wanted = recipe_for(**{"dataset": dataset, "schedule": schedule or default, **given})
+    else:
+        wanted = dataclasses.replace(saved, **given)
+    if other := differing(saved, wanted):
+        raise InputError(f"{path}: is the recipe of another run ({other}); give the flags it was made with, or use another --run")
+    return saved
+
+
+def find_data(run):
+    """Fetches the data if it can be and looks at what is there, before anything is written: InputError with all problems."""
+    dataset, length = data.DATASETS[run.recipe.dataset], run.recipe.sequence_length
+    if run.rank == 0:
+        dataset.fetch(run.root)
+    run.wait()
+    try:
+        splits = data.each(lambda split: dataset(run.root, split), run.splits)
+    except InputError:                       # files are missing: the rest is looked at as well, so that all is said at once
+        data.each(run.frames, run.splits)
+        raise
+    if not data.sequences(splits["train"].clips, length):
+        raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a row")
 
 
 def main(arguments=None):
@@ -953,35 +1169,41 @@ def main(arguments=None):
             raise InputError(f"--key-frame-every {args.key_frame_every}: must be 0 or more")
         return predict(Run(folder, recipe, device=args.device), args.input, args.output, args.network, args.key_frame_every)
     run = Run(folder, recipe, args.data or f"data/{recipe.dataset}", args.device)
-    for split in run.splits:                                              # a wrong --data shows before anything is written
-        dataset = data.DATASETS[recipe.dataset](run.root, split)
-        if split == "train" and not data.sequences(dataset.clips, recipe.sequence_length):
-            raise InputError(f"--sequence-length {recipe.sequence_length}: no {recipe.dataset} clip has so many frames in a row")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
-        if not any(folder.glob("*.pt")):                                  # else the folder's recipe is this one
-            save(folder / "recipe.json", dataclasses.asdict(recipe))
-        print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads")
+    run.join()
+    find_data(run)
+    with contextlib.ExitStack() as locked:
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = locked.enter_context(open(folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
+            if not any(folder.glob("*.pt")):                              # else the folder's recipe is this one
+                save(folder / "recipe.json", dataclasses.asdict(recipe))
+        print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads" +
+              f" in each of {run.world} processes" * (run.world > 1))
         for name in [args.stage] if args.stage else STAGES:
             stage, results, needed = STAGES[name]
+            run.wait()
             if needed and not run.path(needed).exists():
                 raise InputError(f"{run.path(needed)}: no such file, --stage {name} needs it; run the stages before it first")
             if all(run.path(result).exists() for result in results(run)):
                 print(f"{name}: {', '.join(results(run))} there, skipped (to do it again use another --run)")
-                continue
-            for split in run.splits:                                      # a broken file shows now, not after an hour
-                run.frames(split)
-            start = time.time()
-            stage(run)
-            for path in figures.draw(folder, name):
+                done = True
+            elif name == "evaluate" and run.rank:                         # nothing left to share
+                break
+            else:
+                data.each(run.frames, run.splits)                         # a broken file shows now, not after an hour
+                start, done = time.time(), False
+                stage(run)
+                print(f"{name}: done in {duration(time.time() - start)}", flush=True)
+            for path in figures.draw(folder, name, again=not done) if run.rank == 0 else ():
                 print(f"{name}: drew {path}")
-            print(f"{name}: done in {duration(time.time() - start)}", flush=True)
         if run.path("results.json").exists():
             print_table(load(run.path("results.json")))
+    if run.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -170,6 +170,69 @@ def test_an_unpromising_candidate_is_stopped_half_way(run, parts):
     assert not entry["stopped"] and entry["half_reward"] is None
 
 
+def test_latency_in_the_reward(run, parts):
+    """Sect. 1's outlook: reward x (time / target) ** -W."""
+    plain = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], None)
+    run.recipe.latency_weight, run.recipe.latency_target = 0.5, 0.001     # a thousandth of a millisecond: all are far too slow
+    slow = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], None)
+    assert slow["ms"] > 0 and "ms" not in plain and slow["miou"] == plain["miou"]
+    assert slow["reward"] == pytest.approx(plain["reward"] * (slow["ms"] / 0.001) ** -0.5)
+    assert slow["half_reward"] == pytest.approx(plain["half_reward"] * (slow["ms"] / 0.001) ** -0.5)
+    run.recipe.latency_target = 0.0          # the time of arch2's decoder
+    assert train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], None)["reward"] > slow["reward"]
+
+
+@pytest.mark.parametrize("strategy", ["ppo", "random"])
+def test_a_search_asks_for_what_its_strategy_draws(run, monkeypatch, strategy):
+    """With rewards of our own: rounds of two, the early stop's average moves after a round, the log is what was asked for."""
+    seen, halves = [], [0.5, 0.3, None, 0.9, 0.1]
+
+    def try_candidate(run, static, genotype, k, *more):
+        seen.append(more[-1])
+        return {"candidate": k, "status": "ok", "stopped": False, "reward": 0.1 * k, "half_reward": halves[k], "tokens": genotype.to_tokens()}
+    monkeypatch.setattr(train, "try_candidate", try_candidate)
+    run.recipe.search_candidates = 5
+    train.explore(run, strategy, run.path("log.jsonl"), lambda: (None,))
+    assert seen == [None, None, pytest.approx(0.48), pytest.approx(0.48), pytest.approx(0.522)]           # decay 0.9
+    log = train.read_log(run.path("log.jsonl"))
+    torch.manual_seed(train.generator(0, "controller").initial_seed())
+    fresh = controller.Controller(run.recipe.cell_layers)
+    for first in (0, 2, 4) if strategy == "random" else (0,):
+        draw = train.generator(0, "sample" if strategy == "ppo" else "random", first)
+        count = min(2, 5 - first)
+        tokens = fresh.sample(count, draw)[0] if strategy == "ppo" else fresh.random(count, draw)
+        assert [log[first + k]["tokens"] for k in range(count)] == tokens.tolist()
+
+
+def test_the_table_of_networks(run):
+    """Baseline, best cells, the best one without its past, random search's, cells by name; each as often as there are seeds."""
+    best, blind, other = ([(1, 2, 0, 0, 0), (2, 5, 0, 0, 0)], [(2, 3, 0, 0, 0), (2, 5, 0, 0, 0)], [(0, 2, 0, 0, 0), (2, 5, 0, 0, 0)])
+    lines = [{"candidate": k, "status": status, "reward": reward, "half_reward": None, "tokens": sum(map(list, layers), [])}
+             for k, (status, reward, layers) in enumerate([("ok", .3, blind), ("not finite", .0, other), ("ok", .4, best), ("ok", .4, best)])]
+    for name, chosen in (("search.jsonl", lines), ("random.jsonl", [dict(lines[0], candidate=0)])):
+        run.path(name).write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    run.recipe.search_strategy, run.recipe.cells, run.recipe.cell, run.recipe.seeds = "both", 3, ("warp", "decoder"), 1
+    assert [(n.name, n.past) for n in train.networks(run)] == [
+        ("baseline", True), ("cell-0", True), ("cell-0-without-past", False), ("cell-1", True), ("random-0", True),
+        ("cell-warp", True), ("cell-decoder", True)]
+    run.recipe.cells, run.recipe.seeds, run.recipe.cell, run.recipe.search_strategy = 1, 2, (), "ppo"
+    assert [(n.name, n.seed) for n in train.networks(run)] == [("baseline", 0), ("baseline-seed1", 1), ("cell-0", 0), ("cell-0-seed1", 1),
+                                                                ("cell-0-without-past", 0), ("cell-0-without-past-seed1", 1)]
+    run.path("search.jsonl").write_text(json.dumps(lines[0]) + "\n")      # a cell that doesn't look at the past has no such row
+    assert [n.name for n in train.networks(run)] == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1"]
+
+
+def test_mirror_images_in_the_cache(run, parts):
+    static, plain, *_ = parts
+    both, k = train.Cache(run, static, mirrored=True), torch.tensor([3])
+    assert torch.equal(both.labels[both.count + k], plain.labels[k].flip(-1))
+    images, _ = run.prepared("train", k)
+    with torch.no_grad(), run.autocast():
+        layer2 = static.encode(images.flip(-1))[1]
+    assert (both("layer2", both.count + k) - layer2).norm() < 0.03 * layer2.norm()
+    assert (both("layer2", k) - plain("layer2", k)).norm() == 0
+
+
 @pytest.mark.parametrize("fault, status", [(lambda *_: torch.tensor(float("inf")), "not finite"),
                                            (torch.OutOfMemoryError("full"), "out of memory"),
                                            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"), (MemoryError(), "out of memory")])
@@ -199,19 +262,20 @@ def test_any_other_error_stops_the_search_and_names_the_genotype(run, parts, mon
     ("--cell-lr nan", "--cell-lr nan: must be more than 0"),
     ("--meta-val-share 1.5", "--meta-val-share 1.5: must be below 1"),
     ("--sequence-length 1", "--sequence-length 1: a cell needs a frame before"),
-    ("--dataset camvid", "data/camvid/train: no such folder; put the dataset there or pass --data DIR"),
+    ("--dataset camvid", "put the file at data/camvid.zip, or pass --data DIR"),
     ("--controller-clip 1.5", "--controller-clip 1.5: must be below 1"),
     ("--static-batch 1", "--static-batch 1: must be 2 or more"),
     ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): the first must not be above"),
     ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
-    ("--dataset camvid --data nowhere", "nowhere/train: no such folder"),
-    ("--dataset cityscapes --data nowhere", "nowhere/gtFine/train: no such folder"),
+    ("--dataset camvid --data nowhere", "http://127.0.0.1:9/camvid.zip: cannot be downloaded"),
+    ("--dataset cityscapes --data nowhere", "nowhere: no such folder; put the dataset there or pass --data DIR"),
     ("--stage search", "static.pt: no such file, --stage search needs it"),
     ("--stage evaluate", "baseline.pt: no such file, --stage evaluate needs it"),
     ("--encoder-weights nowhere.pth", "nowhere.pth: no such file"),
     ("--device warp9", "--device warp9"),
 ])
-def test_wrong_arguments_are_told_in_one_line(tmp_path, line, said):
+def test_wrong_arguments_are_told_in_one_line(tmp_path, monkeypatch, line, said):
+    monkeypatch.setattr(data.CamVid, "URL", "http://127.0.0.1:9/camvid.zip")             # as without a network
     with pytest.raises(InputError) as error:
         train.main([*line.split(), "--run", str(tmp_path / "run")])
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -274,13 +338,14 @@ def test_smoke_run_writes_its_folder_and_its_table(smoke):
         assert (folder / name).exists()
     assert not list(folder.glob("*.partial.pt")) and not list(folder.glob("*.writing")) and done.stderr == ""
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["static", "baseline", "cell-0", "cell-1"]
-    for row in rows:
-        assert f"{row['title']:38}" in done.stdout and f"{100 * row['test']['miou']:6.1f}" in done.stdout
-        assert 0 < row["test"]["miou"] < 1 and 0 <= row["test"]["consistency"] <= 1 and row["ms_later_frame"] > 0
     log = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
     assert [entry["candidate"] for entry in log] == [0, 1, 2, 3]
     best = max(log, key=lambda entry: entry["reward"])
+    uses_past = {0, 1} & set(Genotype.from_tokens(best["tokens"]).inputs())
+    assert [row["name"] for row in rows] == ["static", "baseline", "cell-0"] + ["cell-0-without-past"] * bool(uses_past) + ["cell-1"]
+    for row in rows:
+        assert f"{row['title']:38}" in done.stdout and f" {100 * row['test']['miou']:.1f} " in done.stdout
+        assert 0 < row["test"]["miou"] < 1 and 0 <= row["test"]["consistency"] <= 1 and row["ms_later_frame"] > 0
     assert rows[2]["genotype"] == str(Genotype.from_tokens(best["tokens"]))
     assert json.loads((folder / "recipe.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(recipe_for("synthetic", "smoke"))))
 
@@ -319,9 +384,28 @@ def test_another_recipe_is_refused_by_field(smoke, tmp_path):
     folder = copy_of(smoke, tmp_path)
     (folder / "controller.pt").unlink()
     lines = (folder / "search.jsonl").read_text().splitlines(True)
-    (folder / "search.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(InputError, match="search.jsonl: a line is missing"):
+    (folder / "search.jsonl").write_text("".join(lines + lines[1:2]))
+    with pytest.raises(InputError, match="search.jsonl: a line is no candidate's, or a candidate has two"):
         train.main(["--run", str(folder), "--stage", "search"])
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_by_field(smoke, tmp_path):
+    """A static network may come from a run that differs in the search only."""
+    for changed, said in (({"search_batch": 16}, None), ({"static_epochs": 7}, "static_epochs 1 there, 7 now"),
+                          ({"dataset": "camvid", "seed": 5}, "dataset 'synthetic' there, 'camvid' now; seed 0 there, 5 now")):
+        run = Run(smoke[0], dataclasses.replace(recipe_for("synthetic", "smoke"), **changed), device="cpu")
+        if said:
+            with pytest.raises(InputError, match=f"static.pt: is the checkpoint of another recipe \\({said}"):
+                train.load_video(run, "static")
+        else:
+            train.load_video(run, "static")
+            with pytest.raises(InputError, match="cell-0.pt: .*search_batch 32 there, 16 now"):
+                train.load_video(run, "cell-0")
+    saved = torch.load(smoke[0] / "static.pt", weights_only=True)
+    saved["recipe"]["wings"] = saved["recipe"].pop("momentum")
+    torch.save(saved, tmp_path / "static.pt")
+    with pytest.raises(InputError, match="static.pt: made by another version \\(momentum, wings\\)"):
+        train.load_video(Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu"), "static")
 
 
 def test_a_log_of_another_processor_is_taken_as_it_is(smoke, tmp_path, capsys):
@@ -344,8 +428,8 @@ def test_a_recipe_with_which_nothing_was_made_is_replaced(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_named(smoke, tmp_path):
     folder = copy_of(smoke, tmp_path)
-    torch.save({"static": Arch2(3).state_dict()}, folder / "baseline.pt")
     run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
+    torch.save({"static": Arch2(3).state_dict(), "recipe": dataclasses.asdict(run.recipe)}, folder / "baseline.pt")
     with pytest.raises(InputError, match="baseline.pt: is the checkpoint of another network"):
         train.load_video(run, "baseline")
     with pytest.raises(InputError, match="controller.pt: holds no network"):
@@ -385,9 +469,29 @@ def test_every_stage_runs_on_a_real_layout(dataset, tmp_path, capsys):
     train.main(["--dataset", dataset, "--data", str(tmp_path / "data"), "--schedule", "smoke", "--encoder-weights", "none",
                 "--search-batch", "4", "--cell-batch", "4", "--meta-val-share", "0.2", "--run", str(tmp_path / "run")])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["reported"] == ("test" if dataset == "camvid" else "val") and len(results["rows"]) == 4
-    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 7
+    networks = {row["name"] for row in results["rows"]}
+    assert results["reported"] == ("test" if dataset == "camvid" else "val") and networks >= {"static", "baseline", "cell-0", "cell-1"}
+    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == len(networks) + 3
     assert f"{results['reported']} split" in capsys.readouterr().out
+
+
+def test_cells_by_name_need_no_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (4, 4), "val": (1, 4), "test": (1, 4)})
+    train.main(["--schedule", "smoke", "--cells", "0", "--cell", "attention", "decoder", "--seeds", "2", "--cell-mirrored", "--cell-batch", "4",
+                "--run", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "search: none" in out and not (tmp_path / "search.jsonl").exists() and "mean ± deviation over seeds" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["static", "baseline", "baseline-seed1", "cell-attention", "cell-attention-seed1",
+                                                        "cell-decoder", "cell-decoder-seed1"]
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["cell-decoder"]["multiply_adds"] == rows["static"]["multiply_adds"] > rows["cell-attention"]["multiply_adds"]
+    a, b = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["cell"] for name in ("cell-attention", "cell-attention-seed1"))
+    assert results["best"].startswith("cell-") and not torch.equal(a["classifier.bias"], b["classifier.bias"])
+    scores = [100 * rows[name]["test"]["miou"] for name in ("cell-attention", "cell-attention-seed1")]
+    assert f"{np.mean(scores):.1f} ±{np.std(scores, ddof=1):.1f}" in out
+    with pytest.raises(InputError, match="--cells 0: then --cell must name a cell"):
+        train.main(["--cells", "0", "--run", str(tmp_path / "other")])
 
 
 # ---- predict
