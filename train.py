@@ -134,8 +134,9 @@ SCHEDULES = {
 
 
 def recipe_for(dataset, schedule, **changes):
-    """The recipe of a schedule (paper, short or smoke) for a dataset, with changes."""
-    return Recipe(**{"dataset": dataset, **SCHEDULES[dataset, schedule], **changes})
+    """The recipe of a schedule (paper, short or smoke) for a dataset, with changes. One's own dataset gets CamVid's."""
+    defaults = SCHEDULES.get((dataset, schedule), SCHEDULES["camvid", schedule])
+    return Recipe(**{"dataset": dataset, **defaults, **changes})
 
 
 def generator(*key):
@@ -725,6 +726,8 @@ def explore(run, strategy, path, context):
         draw = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
         tokens = controller.sample(len(numbers), draw)[0] if strategy == "ppo" else controller.random(len(numbers), draw)
         for k, row in zip(numbers, tokens):
+            if k in log and len(log[k]["tokens"]) != len(row):
+                raise InputError(f"{path}: candidate {k} has {len(log[k]['tokens'])} tokens, not {len(row)}: of another recipe")
             if k in log and log[k]["tokens"] != row.tolist():             # another processor may round another way
                 print(f"search: the log's candidate {k} is not the one this machine would sample; the log's is taken")
                 row.copy_(torch.tensor(log[k]["tokens"]))
@@ -1179,7 +1182,7 @@ def main(arguments=None):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
-            if not any(folder.glob("*.pt")):                              # else the folder's recipe is this one
+            if not (folder / "recipe.json").exists() or not any(folder.glob("*.pt")):     # else the folder's is this one
                 save(folder / "recipe.json", dataclasses.asdict(recipe))
         print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads" +
               f" in each of {run.world} processes" * (run.world > 1))

@@ -17,7 +17,7 @@ import data
 import ops
 import train
 from data import InputError
-from dyncell import Arch2, Genotype
+from dyncell import Arch2, Genotype, VideoSegmenter
 from train import Recipe, Run, recipe_for
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -220,6 +220,22 @@ def test_the_table_of_networks(run):
                                                                 ("cell-0-without-past", 0), ("cell-0-without-past-seed1", 1)]
     run.path("search.jsonl").write_text(json.dumps(lines[0]) + "\n")      # a cell that doesn't look at the past has no such row
     assert [n.name for n in train.networks(run)] == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1"]
+
+
+def test_the_stored_outputs_are_rolled_as_a_video_is(run, parts):
+    """Two places roll a cell over frames, Cache.roll and VideoSegmenter: the same logits, to half precision and bf16."""
+    static, cache, *_ = parts
+    genotype = Genotype([("layer4_prev", "dec_prev", "conv1x1", "sep3x3", "concat"), ("node0", "layer2", "skip", "conv3x3", "sum"),
+                         ("layer3", "layer4", "conv1x1", "conv1x1", "sum")])
+    cell, window = train.new_cell(run, static, genotype, train.generator(0)).eval(), torch.arange(5)[None]
+    images, _ = run.prepared("train", window[0])
+    with torch.no_grad(), run.autocast():
+        expected = VideoSegmenter(static, cell).eval()(images[None])[0].float()           # (5, C, h, w)
+        rolled = [pred[0] for pred, _ in cache.roll(cell, window)]
+        other = [pred[0] for pred, _ in cache.roll(cell, window[:, [1, 1, 2, 3, 4]])]
+    for pred, wrong, wanted in zip(rolled, other, expected[1:]):
+        assert (pred - wanted).norm() < 0.03 * wanted.norm()
+    assert (other[0] - expected[1]).norm() > 0.03 * expected[1].norm()    # the test sees another past
 
 
 def test_mirror_images_in_the_cache(run, parts):
@@ -434,6 +450,22 @@ def test_a_checkpoint_of_another_network_is_named(smoke, tmp_path):
         train.load_video(run, "baseline")
     with pytest.raises(InputError, match="controller.pt: holds no network"):
         train.load_video(run, "controller")
+
+
+def test_a_static_network_of_another_run_is_taken_over(smoke, tmp_path):
+    """Its folder had no recipe.json: it gets one, so that a single stage finds it."""
+    (tmp_path / "static.pt").write_bytes((smoke[0] / "static.pt").read_bytes())
+    arguments = ["--schedule", "smoke", "--cell-layers", "1", "--search-candidates", "1", "--run", str(tmp_path)]
+    train.main([*arguments, "--stage", "search"])
+    assert json.loads((tmp_path / "recipe.json").read_text())["cell_layers"] == 1
+    (tmp_path / "controller.pt").unlink()
+    (tmp_path / "search.jsonl").write_bytes((smoke[0] / "search.jsonl").read_bytes())
+    with pytest.raises(InputError, match="search.jsonl: candidate 0 has 10 tokens, not 5: of another recipe"):
+        train.main(["--run", str(tmp_path), "--stage", "search"])
+
+
+def test_ones_own_dataset_needs_no_schedule():
+    assert recipe_for("mine", "short") == dataclasses.replace(recipe_for("camvid", "short"), dataset="mine")
 
 
 def test_two_processes_on_one_run(smoke):
