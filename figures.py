@@ -506,7 +506,8 @@ def draw_finetune(folder):
         panels.append((f"loss, summed over a sequence: {what}", lines))
     if any(line for _, lines in panels for line in lines.values()):
         yield "curve-finetune", curves("Training on the full training split", panels)
-    found = {Genotype.from_tokens(entry["tokens"]): entry["reward"] for entry in read_log(folder / "search.jsonl")}
+    found = {Genotype.from_tokens(entry["tokens"]): entry["reward"]
+             for log in ("random.jsonl", "search.jsonl") for entry in read_log(folder / log)}
     for name in cells:
         if (text := load(folder / f"{name}.pt").get("genotype")) and text != "decoder":
             genotype = Genotype.from_json(text)
