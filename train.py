@@ -25,6 +25,7 @@ import math
 import os
 import pathlib
 import pickle
+import signal
 import statistics
 import sys
 import time
@@ -296,6 +297,8 @@ class Run:
         """Meets torchrun's other processes, if there are any: nccl where each has a GPU of its own, else gloo."""
         self.rank, self.world = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
         if self.world > 1:
+            # Who waits for a process that died hears no handler, and torchrun would wait 30 s for him. A run may end anywhere.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)       # a candidate may take hours
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
