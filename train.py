@@ -299,6 +299,10 @@ class Run:
         if self.world > 1:
             # Who waits for a process that died hears no handler, and torchrun would wait 30 s for him. A run may end anywhere.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for name in ("static_batch", "cell_batch"):                   # gap's batch norm has one value an image
+                if getattr(self.recipe, name) < 2 * self.world:
+                    raise InputError(f"{flag(name)} {getattr(self.recipe, name)}: {self.world} processes share it, two images "
+                                     f"each at the least: {2 * self.world} or more")
             gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)       # a candidate may take hours
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)

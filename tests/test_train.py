@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -466,6 +467,15 @@ def test_a_static_network_of_another_run_is_taken_over(smoke, tmp_path):
 
 def test_ones_own_dataset_needs_no_schedule():
     assert recipe_for("mine", "short") == dataclasses.replace(recipe_for("camvid", "short"), dataset="mine")
+
+
+def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InputError, match="--cell-batch 7: 4 processes share it, two images each at the least: 8 or more"):
+        Run(tmp_path, recipe_for("synthetic", "smoke", cell_batch=7), device="cpu").join()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def test_two_processes_on_one_run(smoke):
