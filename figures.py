@@ -313,7 +313,7 @@ def sampling(log):
         canvas.line([(plot.left, equal), (plot.right, equal)], GREY, 1, (2, 4))
         # Names beside the lines' ends, moved apart; a thin line leads from each end to its name.
         places = spread([plot.y(line[-1]) for line in lines.values()], [24] * len(lines), top - 12, top + height + 12)
-        for (name, line), style, y in zip(lines.items(), STYLES, places):
+        for (name, line), style, y in zip(lines.items(), STYLES * len(lines), places):
             plot.line(zip(candidates, line), *style, 2)
             canvas.line([(plot.x(candidates[-1]), plot.y(line[-1])), (784, y)], style[1], 0.5)
             canvas.mark(*style, 796, y)
@@ -508,8 +508,10 @@ def draw_finetune(folder):
         yield "curve-finetune", curves("Training on the full training split", panels)
     found = {Genotype.from_tokens(entry["tokens"]): entry["reward"]
              for log in ("random.jsonl", "search.jsonl") for entry in read_log(folder / log)}
+    drawn = {"decoder"}                      # a seed more, or the past zeroed, is the same cell
     for name in cells:
-        if (text := load(folder / f"{name}.pt").get("genotype")) and text != "decoder":
+        if (text := load(folder / f"{name}.pt").get("genotype")) and text not in drawn:
+            drawn.add(text)
             genotype = Genotype.from_json(text)
             reward = f": reward {found[genotype]:.3f} in the search" if genotype in found else ""
             yield f"fig7-{name}", cell(genotype, name + reward)

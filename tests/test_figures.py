@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def run(tmp_path_factory):
     for k in range(2):
         for name in (f"cell-{k}-alone", f"cell-{k}"):
             torch.save({"history": history(4), "genotype": json.dumps(log[-1 - k]["genotype"])}, folder / f"{name}.pt")
+    shutil.copy(folder / "cell-0.pt", folder / "cell-0-without-past.pt")  # the same cell: no diagram of its own
     torch.save(example(), folder / "examples.pt")
     return folder
 
@@ -171,6 +173,13 @@ def test_what_is_sampled_by_hand():
                                         (50, 50, 200 / 3)):
         assert pixel(canvas, plot, 5, share) == figures.STYLES[list(names).index(name)][1]
     assert len(set(figures.STYLES)) >= len(OPERATIONS)
+
+
+def test_a_new_operation_is_drawn_too(monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
+    cell = Genotype([("dec_prev", "layer2", "my_op", "skip", "sum")])
+    canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(8)])
+    assert pixel(canvas, canvas.plots[0], 5, 50) == figures.STYLES[12 % len(figures.STYLES)][1]
 
 
 @pytest.mark.parametrize("log", [
