@@ -101,7 +101,7 @@ class Recipe:
     cell_epochs: int = field(10, "Sect. 4.2: epochs of the cell alone, static network frozen")
     cell_mirrored: bool = field(False, "[ours]: the cell alone also sees mirror images (twice the memory)")
     cell_batch: int = field(16, "Sect. 4.2: sequences a batch, cell alone and end to end")
-    end_epochs: int = field(100, "Sect. 4.2: epochs end to end")
+    end_epochs: int = field(100, "Sect. 4.2: epochs end to end; 0: every network keeps the static one's encoder")
     end_lr_cell: float = field(4e-3, "Sect. 4.2: Adam's learning rate for the cell, end to end")
     end_lr_static: float = field(5e-4, "Sect. 4.2: SGD's learning rate for the static network, end to end")
     end_crop: tuple[int, int] = field((400, 480), "Sect. 4.2: crop (where the image is smaller: mean-padding), height and width")
@@ -1112,7 +1112,7 @@ def flag(name):
 
 
 MAY_BE_ZERO = ("seed validate_every input_longer_side input_pad key_frames weight_decay momentum controller_entropy "
-               "auxiliary_weight poly_power cells latency_weight latency_target").split()
+               "auxiliary_weight poly_power cells latency_weight latency_target end_epochs").split()
 
 
 def check(recipe):

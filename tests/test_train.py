@@ -532,6 +532,20 @@ def test_cells_by_name_need_no_search(tmp_path, monkeypatch, capsys):
     assert results["best"].startswith("cell-") and not torch.equal(a["classifier.bias"], b["classifier.bias"])
     scores = [100 * rows[name]["test"]["miou"] for name in ("cell-attention", "cell-attention-seed1")]
     assert f"{np.mean(scores):.1f} ±{np.std(scores, ddof=1):.1f}" in out
+
+
+def test_cells_alone_keep_the_static_network(smoke, tmp_path):
+    """--end-epochs 0: what the frozen static network's features are worth to a cell, cheaply."""
+    shutil.copy(smoke[0] / "static.pt", tmp_path)
+    train.main(["--schedule", "smoke", "--cells", "0", "--cell", "concat", "--end-epochs", "0", "--run", str(tmp_path)])
+    static, cell, alone = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("static", "cell-concat", "cell-concat-alone"))
+    assert all(torch.equal(value, cell["static"][key]) for key, value in static["static"].items())
+    assert all(torch.equal(value, cell["cell"][key]) for key, value in alone["cell"].items())
+    static, baseline, cell = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert static["test"] == baseline["test"] != cell["test"]
+
+
+def test_without_a_search_a_cell_must_be_named(tmp_path):
     with pytest.raises(InputError, match="--cells 0: then --cell must name a cell"):
         train.main(["--cells", "0", "--run", str(tmp_path / "other")])
 
