@@ -90,6 +90,23 @@ def camvid(tmp_path):
     return tmp_path
 
 
+def test_what_the_labels_of_the_frame_before_are_worth(camvid, monkeypatch, capsys):
+    """In one pair of frames four pixels change from class 0 to 1; what is void in either frame does not count."""
+    flat = (np.arange(48).reshape(6, 8) % 2).astype(np.uint8)             # 24 pixels of 0, 24 of 1
+    for path in camvid.glob("*annot/*"):
+        label = flat.copy()
+        if path.name == "0001TP_000030.png":
+            label[0, 0], label[5, 7] = 11, 11                             # of each class one pixel is void in one frame
+        if path.name == "0001TP_000060.png":
+            label[1:5, 0] = 1                                             # was 0
+        write(path, label)
+    monkeypatch.setattr("sys.argv", ["data.py", "--dataset", "camvid", "--data", str(camvid), "--output", str(camvid / "a.png")])
+    data.main()
+    # Of four pairs of frames: one has 46 pixels and no change, one 46 and four changes (0 said, 1 true), two 48 and none.
+    zero, one = (23 + 19 + 48) / (23 + 23 + 48), (23 + 23 + 48) / (23 + 27 + 48)
+    assert capsys.readouterr().out.count(f"as the answer: mIoU {100 * (zero + one) / 2:.1f} %") == 3
+
+
 def test_small_camvid_is_read(camvid):
     dataset = CamVid(camvid, "train")
     assert [[f.image.name for f in clip] for clip in dataset.clips] == [
