@@ -343,14 +343,18 @@ def milliseconds_in_turn(calls, repeats=5):
 
     They take turns, so that whatever else the machine does hits them all alike and their ratios hold. The second of two
     calls is timed: the first brings the weights back into the cache after the other calls' turns."""
+    def wait():
+        if torch.accelerator.is_available():                              # a GPU works on after the call returned
+            torch.accelerator.synchronize()
+
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
             call()
+            wait()
             start = time.perf_counter()
             call()
-            if torch.accelerator.is_available():                          # a GPU works on after the call returned
-                torch.accelerator.synchronize()
+            wait()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: sorted(t[1:])[repeats // 2] for name, t in times.items()}
 

@@ -42,7 +42,7 @@ import figures
 from controller import PPO, Controller
 from data import Confusion, Consistency, Frames, InputError
 from dyncell import CELLS, Arch2, DynamicCell, Genotype, VideoSegmenter, fold_batchnorm
-from ops import milliseconds, multiply_adds, parameters
+from ops import milliseconds, milliseconds_in_turn, multiply_adds, parameters
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -904,13 +904,13 @@ def evaluate_video(run, video, split, key_frame_every=0, consistency=3):
 
 @torch.no_grad()
 def frame_costs(run, video):
-    """A key frame and a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
+    """The encoder alone, a key frame, a later frame: batch norms folded, float32, batch 1, prediction at 1/8."""
     image, _ = run.frames("val")[0]
     image, video = data.normalise(image[None]).contiguous(memory_format=torch.channels_last), for_inference(video)
     _, state = video.step(image)
-    return {"ms_key_frame": milliseconds(video.step, image, repeats=15),
-            "ms_later_frame": milliseconds(lambda x: video.step(x, state), image, repeats=15),
-            "multiply_adds": multiply_adds(lambda: video.step(image, state))}
+    calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
+             "ms_later_frame": lambda: video.step(image, state)}
+    return {**milliseconds_in_turn(calls, repeats=15), "multiply_adds": multiply_adds(calls["ms_later_frame"])}
 
 
 def evaluate(run):
@@ -971,10 +971,11 @@ def print_table(results):
     print(f"\n{split} split; mIoU and consistency in %, a later frame's multiply-adds (G) and ms on {results['device']} "
           f"({results['threads']} threads)" + "; mean ± deviation over seeds" * (len(groups) < len(results["rows"])))
     print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
-          f"{'ms a frame':>10} {'val mIoU':>10}")
+          f"{'ms a frame':>10} {'/ encoder':>9} {'val mIoU':>10}")
     for (title, every), rows in groups.items():
         print(f"{title:38} {distance(every):>10} {percent(rows, split, 'miou'):>10} {percent(rows, split, 'consistency'):>11} "
               f"{rows[0]['parameters']:11,} {rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:10.1f} "
+              f"{statistics.median(row['ms_later_frame'] / row['ms_encoder'] for row in rows):9.2f} "
               f"{percent(rows, 'val', 'miou'):>10}")
     classes = results["rows"][0][split]["iou"]
     print(f"\n{'IoU of each class (the first key frame)':38}" + "".join(f" {name[:10]:>10}" for name in classes))

@@ -73,7 +73,7 @@ def outcome(folder):
     """What must not depend on how often a run was stopped: all but the measured times."""
     results = json.loads((folder / "results.json").read_text())
     for row in results["rows"]:
-        del row["ms_key_frame"], row["ms_later_frame"]
+        del row["ms_encoder"], row["ms_key_frame"], row["ms_later_frame"]
     logs = {}
     for name in ("search.jsonl", "random.jsonl"):
         logs[name] = [json.loads(line) for line in (folder / name).read_text().splitlines()]
