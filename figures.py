@@ -264,7 +264,8 @@ def rewards(log, random=()):
     canvas.text(74, 26, "Reward over the search" + title, 20)
     plot = Plot(canvas, (74, top, 975, top + 350), [e["candidate"] for e in both],
                 [e["reward"] for e in both if outcome(e) != "failed"], "candidate",
-                "reward: geometric mean of mIoU, frequency-weighted IoU and mean class accuracy on meta-val")
+                "reward: geometric mean of mIoU, frequency-weighted IoU and mean class accuracy on meta-val" +
+                ", weighted by the time" * any("ms" in e for e in both))
     kinds = ("stopped", "stopped half way"), ("full", "trained in full"), ("failed", "failed, not in the mean")
     for y, name, entries, style, marks in (
             (62, "controller", log, ("line", INK), (("ring", SKY), ("disc", BLUE), ("cross", BLUE))),
@@ -501,8 +502,9 @@ def draw_search(folder):
 def draw_finetune(folder):
     cells = {path.name.split(".")[0].removesuffix("-alone") for kind in ("cell", "random") for path in folder.glob(f"{kind}-*.pt")}
     cells, panels = sorted(cells, key=lambda name: (len(name), name)), []
+    baselines = sorted({path.name.split(".")[0] for path in folder.glob("baseline*.pt")})
     for what, suffix in ("cell alone", "-alone"), ("end to end", ""):
-        lines = {name: series(history(folder, name + suffix), "loss") for name in ["baseline", *cells]}
+        lines = {name: series(history(folder, name + suffix), "loss") for name in [*baselines, *cells]}
         panels.append((f"loss, summed over a sequence: {what}", lines))
     if any(line for _, lines in panels for line in lines.values()):
         yield "curve-finetune", curves("Training on the full training split", panels)
