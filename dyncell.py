@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ops import (AGGREGATIONS, OPERATIONS, conv_bn_relu, milliseconds_in_turn, multiply_adds, parameters, resize,
-                 to_larger)
+from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, conv_bn_relu, milliseconds_in_turn, multiply_adds,
+                 parameters, resize, to_larger)
 
 WIDTH = 64                                   # channels of dec and of every node of a cell (Sect. 3.1; cells: [ours])
 TAPS = 24, 32, 96, 320                       # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
@@ -43,7 +43,8 @@ class InvertedResidual(nn.Module):
 
     @staticmethod
     def conv_bn_relu6(cin, cout, kernel, stride=1, groups=1):
-        return nn.Sequential(nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False),
+        conv = DepthwiseInFloat32 if stride > 1 and groups > 1 else nn.Conv2d
+        return nn.Sequential(conv(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False),
                              nn.BatchNorm2d(cout), nn.ReLU6(inplace=True))
 
     def forward(self, x):

@@ -530,7 +530,7 @@ def test_milliseconds_take_turns():
 def test_gradients_under_bf16_autocast(name, size):
     """At the sizes of a CamVid frame's layers, batch 4: bf16 with channels_last, as in training, against float64.
 
-    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU; see DilatedDepthwise."""
+    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU; see DepthwiseInFloat32."""
     torch.manual_seed(0)
     count, make = (1, ops.OPERATIONS[name]) if name in ops.OPERATIONS else (2, ops.AGGREGATIONS[name])
     module = make(64).eval()                     # eval: batch statistics would divide by small, rounded deviations
