@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, conv_bn_relu, milliseconds_in_turn, multiply_adds,
-                 parameters, resize, to_larger)
+from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, conv_bn_relu, conv_of_concat, milliseconds_in_turn,
+                 multiply_adds, parameters, resize, to_larger)
 
 WIDTH = 64                                   # channels of dec and of every node of a cell (Sect. 3.1; cells: [ours])
 TAPS = 24, 32, 96, 320                       # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
@@ -333,8 +333,7 @@ class DynamicCell(nn.Module):
                 for name, x in zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4))]
         for layer, op1, op2, agg in zip(self.genotype, self.op1, self.op2, self.agg):
             pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))
-        size = layer2.shape[-2:]
-        dec = self.out(torch.cat([resize(pool[k], size) for k in self.output], dim=1))     # (B, 64, H/8, W/8)
+        dec = conv_of_concat(self.out, [pool[k] for k in self.output], layer2.shape[-2:])     # (B, 64, H/8, W/8)
         return dec, self.classifier(dec)
 
 

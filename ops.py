@@ -141,10 +141,27 @@ def resize(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def conv_of_concat(block, maps, size):
+    """conv_bn_relu (1x1) of the concatenation of maps (B, C_k, h_k, w_k), each brought to `size` (h, w) -> (B, Cout, h, w).
+
+    A 1x1 convolution looks at one pixel and a resize at one channel, so they commute. Where the maps differ in size each
+    goes through its part of the weight at its own: a map of 45 x 60 and one of 23 x 30 take 0.75 of the time, trained 0.6."""
+    if len({x.shape[-2:] for x in maps}) == 1:
+        maps = [torch.cat(list(maps), dim=1)]
+    conv, bn, relu = block
+    weights = conv.weight.split([x.shape[1] for x in maps], dim=1)        # (Cout, C_k, 1, 1) each
+    parts = [resize(F.conv2d(x, weight, bias), size) for x, weight, bias in zip(maps, weights, [conv.bias] + [None] * len(maps))]
+    return relu(bn(sum(parts[1:], parts[0])))
+
+
 def to_larger(x, y):
     """Both maps at the larger of their two resolutions (Sect. 3.2)."""
-    size = [max(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:])]
+    size = larger(x, y)
     return resize(x, size), resize(y, size)
+
+
+def larger(x, y):
+    return [max(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:])]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -232,8 +249,8 @@ class Concat(Aggregation):
         super().__init__()
         self.conv = conv_bn_relu(2 * channels, channels)
 
-    def combine(self, x, y):
-        return self.conv(torch.cat((x, y), dim=1))                        # (B, 2C, H, W) -> (B, C, H, W)
+    def forward(self, x, y):
+        return conv_of_concat(self.conv, (x, y), larger(x, y))            # (B, 2C, H, W) -> (B, C, H, W)
 
 
 class Conv3d(Aggregation):
@@ -260,7 +277,8 @@ class Attention(Aggregation):
 
     def combine(self, x, y):
         a = self.gate(torch.cat((x, y), dim=1)).sigmoid()
-        return a * x + (1 - a) * y
+        exact = torch.promote_types(x.dtype, y.dtype)                     # under autocast a is bf16; lerp wants one dtype
+        return torch.lerp(y.to(exact), x.to(exact), a.to(exact))
 
 
 class Predictive(Aggregation):
