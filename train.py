@@ -259,7 +259,7 @@ class Progress:
     def update(self, step, **figures):
         now, made = time.time(), step - self.first
         left = (now - self.start) / max(made, 1) * (self.steps - step)
-        if not self.estimated and made > 1 and now - self.start > 5:
+        if not self.estimated and made > 1 and now - self.start > 20:                # the first steps warm up
             self.estimated = True
             self._print(f"{self.stage}: {self.steps} steps, {(now - self.start) / made:.2f} s each: about {duration(left)}", "\n")
         if now - self.last > (0.2 if self.tty else 30) or step == self.steps:
