@@ -114,7 +114,7 @@ class Recipe:
 CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), sequence_length=2, input_longer_side=1024,
                   input_crop=512, input_pad=0, cell_layers=4, search_epochs=10, cell_epochs=200, end_epochs=200,
                   end_crop=(769, 769), validate_every=50, key_frames=(0,))
-# Cut to a CPU. The controller learns faster so (python controller.py shows it): the paper's rate needs its 1000 samples.
+# Cut to a CPU. The controller learns faster so (controller.PPO has the table): the paper's rate needs its 1000 samples.
 SHORT = dict(static_epochs=60, static_batch=8, static_crop=(360, 480), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
              static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2,
              search_batch=16, controller_lr=3e-3, controller_rollout=4, cells=1, cell=("attention", "decoder"), cell_epochs=24,
@@ -331,7 +331,7 @@ class Run:
         return self._frames[split]
 
     def prepared(self, split, index):
-        """Frames as the search and the evaluation see them (Sect. 4.1): images (N, 3, H, W), labels (N, H, W)."""
+        """Frames as the search and the cell alone see them (Sect. 4.1): images (N, 3, H, W), labels (N, H, W)."""
         r, (images, labels) = self.recipe, self.frames(split)[index]
         images = data.normalise(images)
         if r.input_longer_side:
@@ -641,7 +641,7 @@ def try_candidate(run, static, genotype, k, cache, meta_train, meta_val, average
         batches = [batch for epoch in range(r.search_epochs) for batch in
                    epoch_batches(len(meta_train), r.search_batch, generator(r.seed, "candidate", k, epoch))]
         for step, indices in enumerate(batches):
-            if step == len(batches) // 2 and r.early_stop:                # Sect. 3.3: half way, is it promising?
+            if step and step == len(batches) // 2 and r.early_stop:       # Sect. 3.3: half way, is it promising?
                 scores = score(run, cell, cache, meta_val, r.search_batch)
                 entry["half_reward"] = scores.reward * worth
                 if average is not None and entry["half_reward"] < average:
@@ -944,7 +944,8 @@ def differing_frames(run, split, baseline, cell, cell_name, count=4, apart=20):
     """Rows of Figs. 5 and 6: the frames where the largest share of labelled pixels differs between the two networks'
     answers, at least `apart` frames from each other. [ours]"""
     frames, chosen = run.frames(split), []
-    share = [((a != b) & (frames[k][1].cpu() != data.IGNORE)).float().mean().item() for k, (a, b) in enumerate(zip(baseline, cell))]
+    labelled = [frames[k][1].cpu() != data.IGNORE for k in range(len(baseline))]
+    share = [((a != b) & where).sum().item() / max(1, where.sum().item()) for a, b, where in zip(baseline, cell, labelled)]
     for k in sorted(range(len(share)), key=lambda k: -share[k]):
         if len(chosen) < count and all(abs(k - other) >= apart for other in chosen):
             chosen.append(k)

@@ -621,3 +621,15 @@ def test_predict_overwrites_nothing(smoke, frames_folder, tmp_path):
     with pytest.raises(InputError, match="cell-7.pt: no such file"):
         predict(smoke, frames_folder, tmp_path / "new", "--network", "cell-7")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"] and not (tmp_path / "new").exists()
+
+
+def test_share_of_differing_pixels_is_of_the_labelled_ones(run):
+    """Ignored pixels neither differ nor count: 6 of 8 labelled ones here."""
+    frames = run.frames("test")
+    frames.labels[0] = data.IGNORE
+    frames.labels[0, 0, :8] = 1
+    ours = [torch.zeros_like(label) for label in frames.labels]
+    other = [pred.clone() for pred in ours]
+    other[0][0, :6], other[0][1] = 1, 1                                   # six that are labelled, and a row that is not
+    chosen = train.differing_frames(run, "test", ours, other, "cell-0")
+    assert chosen["differ"][0] == 6 / 8
