@@ -111,6 +111,9 @@ class Recipe:
     key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances to evaluate; 0: first frame of a clip only")
 
 
+# What a run compares and where it has key frames, not how a network is made: may change between two starts of a run.
+COMPARED = "cell", "without_past", "seeds", "key_frames"
+
 CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), sequence_length=2, input_longer_side=1024,
                   input_crop=512, input_pad=0, cell_layers=4, search_epochs=10, cell_epochs=200, end_epochs=200,
                   end_crop=(769, 769), validate_every=50, key_frames=(0,))
@@ -201,10 +204,10 @@ def as_recipe(saved, path):
 
 
 def differing(saved, recipe, until=None):
-    """The fields in which two recipes differ, as one text, or "". Those after `until` don't count."""
+    """The fields in which two recipes differ, as one text, or "". Those after `until` don't count, nor does COMPARED."""
     saved, now = dataclasses.asdict(saved), dataclasses.asdict(recipe)
     names = list(now)[:list(now).index(until) + 1 if until else None]
-    names = [name for name in names if saved[name] != now[name]]
+    names = [name for name in names if saved[name] != now[name] and name not in COMPARED]
     more = f"; and {len(names) - 6} more" if len(names) > 6 else ""
     return "; ".join(f"{name} {saved[name]!r} there, {now[name]!r} now" for name in names[:6]) + more
 
@@ -436,7 +439,7 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
                 loss = objective(indices[run.rank::run.world], rng)
                 losses.append(train_step(loss, optimizers, step, steps, run.recipe.poly_power))
             except NotFinite as error:
-                raise InputError(f"{name}: {error}; try a smaller learning rate or another --seed") from None
+                raise InputError(f"{name}: {error}; try a smaller learning rate or another --seed, in another --run") from None
             progress.update(step + 1, epoch=epoch + 1, loss=losses[-1], rate=optimizers[0].param_groups[0]["lr"])
         entry = {"epoch": epoch + 1, "loss": sum(losses) / len(losses), "seconds": time.time() - start}
         if validate_every and run.rank == 0 and ((epoch + 1) % validate_every == 0 or epoch + 1 == epochs):
@@ -588,8 +591,8 @@ def meta_split(windows, share, rng):
         val.append(runs[order.pop()])
     train, val = torch.cat([runs[k] for k in sorted(order)]) if order else windows[:0], torch.cat(val)
     train = train[~torch.isin(train, val).any(dim=1)]
-    if not len(train):
-        raise InputError(f"{len(windows)} sequences are too few for a search; --meta-val-share {share} leaves none to train on")
+    if len(train) < 2:                       # gap's batch norm has one value a sequence
+        raise InputError(f"{len(windows)} sequences are too few for a search; --meta-val-share {share} leaves {len(train)} to train on")
     return train, val
 
 
@@ -779,7 +782,17 @@ def best_genotypes(run, log="search.jsonl"):
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in ranked))[:run.recipe.cells]
 
 
-Network = collections.namedtuple("Network", "name title genotype past seed", defaults=(None, True, 0))
+class Network(typing.NamedTuple):
+    """A row of the table; seeds have one each. A control says what a cell is worth and is never the run's best."""
+    name: str
+    title: str
+    genotype: Genotype | str | None = None
+    past: bool = True
+    seed: int = 0
+
+    @property
+    def control(self):
+        return self.genotype in (None, DECODER) or not self.past
 
 
 def networks(run):
@@ -914,24 +927,36 @@ def frame_costs(run, video):
     return {**milliseconds_in_turn(calls, repeats=15), "multiply_adds": multiply_adds(calls["ms_later_frame"])}
 
 
+def made_rows(run):
+    """The table's rows that were scored before: by an evaluate that was cut, or one that had fewer to score."""
+    done, partial = run.path("results.json"), run.path("results.partial.json")
+    return load(partial) if partial.exists() else load(done)["rows"] if done.exists() else []
+
+
+def missing_rows(run):
+    """(network, key-frame distance) of the rows that no evaluate has scored yet."""
+    made = {(row["name"], row["key_frame_every"]) for row in made_rows(run)}
+    return [(network, every) for network in [Network("static", "per-frame baseline"), *networks(run)]
+            for every in (dict.fromkeys(run.recipe.key_frames) if network.genotype else (1,)) if (network.name, every) not in made]
+
+
 def evaluate(run):
     """Every network on val and test; the table's rows, and for Figs. 5 and 6 the frames on which two of them differ most."""
-    r, splits, partial = run.recipe, run.splits[1:], run.path("results.partial.json")     # the last split is reported
-    rows = load(partial) if partial.exists() else []
-    for name, title, genotype, _, seed in [Network("static", "per-frame baseline"), *networks(run)]:
-        if any(row["name"] == name for row in rows):
-            continue
-        video = load_video(run, name)
+    splits, partial = run.splits[1:], run.path("results.partial.json")    # the last split is reported
+    rows, missing = made_rows(run), missing_rows(run)
+    for network in dict.fromkeys(network for network, _ in missing):
+        name, video = network.name, load_video(run, network.name)
         costs = frame_costs(run, video)
-        for every in dict.fromkeys(r.key_frames) if genotype else (1,):
-            row = {"name": name, "title": title, "seed": seed, "key_frame_every": every, "parameters": parameters(video), **costs,
-                   "genotype": genotype and str(genotype)}
+        for every in (every for other, every in missing if other == network):
+            row = {"name": name, "title": network.title, "seed": network.seed, "control": network.control, "key_frame_every": every,
+                   "parameters": parameters(video), **costs, "genotype": network.genotype and str(network.genotype)}
             for split in splits:
                 row[split], _ = evaluate_video(run, video, split, every)
             rows.append(row)
             print(f"evaluate: {name}, key frame {distance(every)}: {split} mIoU {100 * row[split]['miou']:.1f} %", flush=True)
         save(partial, rows)
-    best = max((row for row in rows if row["genotype"]), key=lambda row: row["val"]["miou"], default=rows[0])
+    cells = [row for row in rows if row["genotype"] and row["key_frame_every"] == run.recipe.key_frames[0]]
+    best = max([row for row in cells if not row["control"]] or cells, key=lambda row: row["val"]["miou"])
     baseline, cell = (evaluate_video(run, load_video(run, row["name"]), splits[-1], row["key_frame_every"])[1]
                       for row in (next(row for row in rows if row["name"] == "baseline"), best))
     save(run.path("examples.pt"), differing_frames(run, splits[-1], baseline, cell, best["name"]))
@@ -1063,7 +1088,7 @@ def predict(run, source, output, network=None, key_frame_every=0):
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
-# A stage, what it makes last (what tells that it is done), and what it needs.
+# A stage, what it makes last (what tells that it is done; evaluate may lack rows yet), and what it needs.
 STAGES = {"pretrain": (pretrain, lambda run: ["static.pt"], None),
           "search": (search, lambda run: ["controller.pt"], "static.pt"),
           "finetune": (finetune, lambda run: [f"{network.name}.pt" for network in networks(run)], "controller.pt"),
@@ -1101,7 +1126,7 @@ def parse(arguments):
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
             of, *more = typing.get_args(f.type)
-            options.update(type=of, nargs="+" if ... in more else len(f.default), choices=CHOICES.get(f.name))
+            options.update(type=of, nargs="*" if ... in more else len(f.default), choices=CHOICES.get(f.name))
         else:
             options.update(type=kind, choices=CHOICES.get(f.name))
         fields.add_argument(flag(f.name), **options)
@@ -1132,6 +1157,8 @@ def check(recipe):
             raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an image")
         if name in ("static_scale", "end_scale") and value[0] > value[1]:
             raise InputError(f"{flag(name)} {value}: the first must not be above the second")
+    if not recipe.key_frames:
+        raise InputError("--key-frames: must have one distance or more")
     if not recipe.cells and not recipe.cell:
         raise InputError("--cells 0: then --cell must name a cell, or there is none to train")
     if recipe.sequence_length < 2:
@@ -1141,7 +1168,8 @@ def check(recipe):
 def settle_recipe(folder, schedule, given, stage=None):
     """The recipe of this run. A folder in which something was made keeps its own: the command line must agree with it.
 
-    Without --schedule a whole run means the dataset's default schedule; one --stage takes what the folder says."""
+    Without --schedule a whole run means the dataset's default schedule; one --stage takes what the folder says. What the run
+    compares (COMPARED) may be given anew: what is missing is trained and scored, what is there stays."""
     path, dataset = folder / "recipe.json", given.get("dataset", "synthetic")
     default = "short" if dataset == "synthetic" else "paper"
     if not path.exists() or not (any(folder.glob("*.pt")) or (folder / "search.jsonl").exists()):
@@ -1153,7 +1181,7 @@ def settle_recipe(folder, schedule, given, stage=None):
         wanted = dataclasses.replace(saved, **given)
     if other := differing(saved, wanted):
         raise InputError(f"{path}: is the recipe of another run ({other}); give the flags it was made with, or use another --run")
-    return saved
+    return dataclasses.replace(saved, **{name: given[name] for name in COMPARED if name in given})
 
 
 def find_data(run):
@@ -1167,8 +1195,11 @@ def find_data(run):
     except InputError:                       # files are missing: the rest is looked at as well, so that all is said at once
         data.each(run.frames, run.splits)
         raise
-    if not data.sequences(splits["train"].clips, length):
+    if not (count := len(data.sequences(splits["train"].clips, length))):
         raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a row")
+    if count < 2 * run.world:
+        raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each process needs two, gap's batch norm "
+                         "has one value an image")
 
 
 def keep_freed_memory():
@@ -1204,7 +1235,7 @@ def main(arguments=None):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{folder}: another process works on this run; wait for it or use another --run") from None
-            if not (folder / "recipe.json").exists() or not any(folder.glob("*.pt")):     # else the folder's is this one
+            if not (folder / "recipe.json").exists() or load(folder / "recipe.json") != json.loads(json.dumps(dataclasses.asdict(recipe))):
                 save(folder / "recipe.json", dataclasses.asdict(recipe))
         print(f"{folder}: {recipe.dataset} on {run.device}, {torch.get_num_threads()} threads" +
               f" in each of {run.world} processes" * (run.world > 1))
@@ -1213,7 +1244,7 @@ def main(arguments=None):
             run.wait()
             if needed and not run.path(needed).exists():
                 raise InputError(f"{run.path(needed)}: no such file, --stage {name} needs it; run the stages before it first")
-            if all(run.path(result).exists() for result in results(run)):
+            if all(run.path(result).exists() for result in results(run)) and not (name == "evaluate" and missing_rows(run)):
                 print(f"{name}: {', '.join(results(run))} there, skipped (to do it again use another --run)")
                 done = True
             elif name == "evaluate" and run.rank:                         # nothing left to share

@@ -169,6 +169,9 @@ def test_an_unpromising_candidate_is_stopped_half_way(run, parts):
     run.recipe.early_stop = False
     entry = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], average=0.99)
     assert not entry["stopped"] and entry["half_reward"] is None
+    run.recipe.early_stop, run.recipe.search_epochs, run.recipe.search_batch = True, 1, 1000        # one step has no half
+    entry = train.try_candidate(run, *parts[:1], GENOTYPE, 3, *parts[1:], average=0.99)
+    assert not entry["stopped"] and entry["half_reward"] is None
 
 
 def test_latency_in_the_reward(run, parts):
@@ -282,6 +285,8 @@ def test_any_other_error_stops_the_search_and_names_the_genotype(run, parts, mon
     ("--dataset camvid", "put the file at data/camvid.zip, or pass --data DIR"),
     ("--controller-clip 1.5", "--controller-clip 1.5: must be below 1"),
     ("--static-batch 1", "--static-batch 1: must be 2 or more"),
+    ("--cells 0 --cell", "--cells 0: then --cell must name a cell"),
+    ("--key-frames", "--key-frames: must have one distance or more"),
     ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): the first must not be above"),
     ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
     ("--dataset camvid --data nowhere", "http://127.0.0.1:9/camvid.zip: cannot be downloaded"),
@@ -323,7 +328,7 @@ def test_a_broken_file_of_any_split_shows_before_the_training(tmp_path):
     for split in ("train", "val", "test"):
         for folder, mode in ((split, "RGB"), (split + "annot", "L")):
             (tmp_path / folder).mkdir()
-            for t in (0, 30, 60):
+            for t in (0, 30, 60, 90):
                 Image.new(mode, (64, 64)).save(tmp_path / folder / f"A_{t:06d}.png")
     (tmp_path / "test" / "A_000030.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="test/A_000030.png: is not an image"):
@@ -423,6 +428,39 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_field(smoke, tmp_path):
     torch.save(saved, tmp_path / "static.pt")
     with pytest.raises(InputError, match="static.pt: made by another version \\(momentum, wings\\)"):
         train.load_video(Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu"), "static")
+
+
+def test_what_is_compared_may_be_given_anew(smoke, tmp_path, capsys):
+    """A finished run gets another cell and another key-frame distance; what it has stands, the new run's numbers are those of one run."""
+    folder = copy_of(smoke, tmp_path)
+    before = json.loads((folder / "results.json").read_text())["rows"]
+    train.main(["--run", str(folder), "--schedule", "smoke", "--cell", "decoder", "concat", "--key-frames", "0", "2"])
+    results, out = json.loads((folder / "results.json").read_text()), capsys.readouterr().out
+    assert "pretrain: static.pt there, skipped" in out and "search: controller.pt there, skipped" in out
+    assert results["rows"][:len(before)] == before
+    assert sorted((row["name"], row["key_frame_every"]) for row in results["rows"][len(before):]) == sorted(
+        [(row["name"], 2) for row in before if row["genotype"]] + [(f"cell-{name}", every) for name in ("decoder", "concat") for every in (0, 2)])
+    assert not next(row for row in results["rows"] if row["name"] == results["best"])["control"]
+    assert json.loads((folder / "recipe.json").read_text())["cell"] == ["decoder", "concat"]
+    assert (folder / "figures" / "fig7-cell-concat.png").exists() and not list(folder.glob("*.partial*"))
+    train.main(["--run", str(folder), "--schedule", "smoke"])             # not given: the folder's
+    assert "evaluate: results.json there, skipped" in capsys.readouterr().out
+    assert json.loads((folder / "recipe.json").read_text())["cell"] == ["decoder", "concat"]
+
+
+def test_the_best_cell_is_no_control(run):
+    """Those have a row each, but what predict takes is a cell that was found or named."""
+    genotype = Genotype([(1, 2, 0, 0, 0)])
+    assert [network.control for network in (train.Network("baseline", ""), train.Network("cell-0", "", genotype),
+                                            train.Network("cell-0-without-past", "", genotype, past=False),
+                                            train.Network("cell-decoder", "", train.DECODER))] == [True, False, True, True]
+
+
+def test_too_few_sequences_are_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (1, 3), "val": (1, 4), "test": (1, 4)})
+    with pytest.raises(InputError, match="its train split has 1 sequences of 3 frames; each process needs two"):
+        train.main(["--schedule", "smoke", "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_log_of_another_processor_is_taken_as_it_is(smoke, tmp_path, capsys):
