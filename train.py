@@ -101,6 +101,7 @@ class Recipe:
     seeds: int = field(1, "[ours]: times that the baseline and every cell are trained; the table has mean and deviation")
     cell_epochs: int = field(10, "Sect. 4.2: epochs of the cell alone, static network frozen")
     cell_mirrored: bool = field(False, "[ours]: the cell alone also sees mirror images (twice the memory)")
+    cell_dropout: float = field(0.0, "[ours]: share of the stored channels that are zeroed, anew each step, while the cell is trained alone")
     cell_batch: int = field(16, "Sect. 4.2: sequences a batch, cell alone and end to end")
     end_epochs: int = field(100, "Sect. 4.2: epochs end to end; 0: every network keeps the static one's encoder")
     end_lr_cell: float = field(4e-3, "Sect. 4.2: Adam's learning rate for the cell, end to end")
@@ -121,13 +122,13 @@ CITYSCAPES = dict(static_epochs=1000, static_batch=28, static_crop=(800, 800), s
 SHORT = dict(static_epochs=60, static_batch=8, static_crop=(360, 480), static_scale=(0.7, 1.4), static_lr_encoder=2e-2,
              static_lr_decoder=2e-2, validate_every=5, input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2,
              search_batch=16, controller_lr=3e-3, controller_rollout=4, cells=1, cell=("attention", "decoder"), cell_epochs=24,
-             cell_mirrored=True, cell_batch=8, end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
+             cell_mirrored=True, cell_dropout=0.4, cell_batch=8, end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
 SYNTHETIC = dict(encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
                  validate_every=5, cell_layers=3, search_strategy="ppo", search_candidates=8, search_epochs=4, controller_rollout=4,
-                 cells=2, cell=(), cell_epochs=8, cell_mirrored=False, cell_batch=16, end_crop=(96, 128), end_epochs=1,
-                 key_frames=(0, 3))
+                 cells=2, cell=(), cell_epochs=8, cell_mirrored=False, cell_dropout=0.0, cell_batch=16, end_crop=(96, 128),
+                 end_epochs=1, end_lr_cell=4e-3, key_frames=(0, 3))
 SMOKE = dict(static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0, input_pad=0, cell_layers=2,
-             search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2, cell_epochs=1, cell_batch=32,
+             search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2, cell_epochs=1, cell_dropout=0.1, cell_batch=32,
              end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 SCHEDULES = {
     ("camvid", "paper"): {}, ("cityscapes", "paper"): CITYSCAPES,
@@ -433,6 +434,7 @@ def fit(run, name, model, optimizers, epochs, count, batch, loss_of, validate=No
         rng, losses, start = generator(run.recipe.seed, name, epoch), [], time.time()
         batches = epoch_batches(count, batch, rng)                        # the same in every process,
         rng = generator(run.recipe.seed, name, epoch, run.rank) if run.rank else rng      # but not their augmentation
+        torch.manual_seed(rng.initial_seed())                             # dropout draws from torch's own generator
         for indices in batches:
             step = epoch * a_epoch + len(losses)
             try:
@@ -569,13 +571,16 @@ class Cache:
         """(B, C, h, w) float32, channels_last."""
         return self.layers[name][index].float().contiguous(memory_format=torch.channels_last)
 
-    def roll(self, cell, window):
+    def roll(self, cell, window, dropout=0.0):
         """Runs a cell over sequences (B, T) of frame numbers: the static network's outputs of the first frame, then
         the cell. Yields pred and the frame numbers (B,), for every frame after the first."""
-        layer4, dec = self("layer4", window[:, 0]), self("dec", window[:, 0])
+        def look(name, index):
+            return F.dropout2d(self(name, index), dropout)
+
+        layer4, dec = look("layer4", window[:, 0]), look("dec", window[:, 0])
         for index in window[:, 1:].T:
-            current = self("layer4", index)
-            dec, pred = cell(layer4, dec, self("layer2", index), self("layer3", index), current)
+            current = look("layer4", index)
+            dec, pred = cell(layer4, dec, look("layer2", index), look("layer3", index), current)
             layer4 = current
             yield pred, index
 
@@ -606,10 +611,10 @@ def new_cell(run, static, genotype, rng, past=True):
     return run.to_device(cell)
 
 
-def cell_loss(run, cell, cache, window):
+def cell_loss(run, cell, cache, window, dropout=0.0):
     """Cross-entropy summed over every frame after the first (Sect. 4.1), at 1/8 resolution."""
     with run.autocast():
-        return sum(cross_entropy(pred, cache.small_labels[index]) for pred, index in cache.roll(cell, window))
+        return sum(cross_entropy(pred, cache.small_labels[index]) for pred, index in cache.roll(cell, window, dropout))
 
 
 @torch.no_grad()
@@ -846,7 +851,7 @@ def fit_cell_alone(run, name, cell, cache):
         window = windows[indices]
         if r.cell_mirrored:
             window = window + cache.count * torch.randint(2, (len(window), 1), generator=rng)
-        return cell_loss(run, cell, cache, window)
+        return cell_loss(run, cell, cache, window, r.cell_dropout)
     return fit(run, name, cell, [torch.optim.Adam(cell.parameters(), lr=r.cell_lr)], r.cell_epochs, len(windows), r.cell_batch,
                loss_of)
 
@@ -1140,7 +1145,7 @@ def flag(name):
 
 
 MAY_BE_ZERO = ("seed validate_every input_longer_side input_pad key_frames weight_decay momentum controller_entropy "
-               "auxiliary_weight poly_power cells latency_weight latency_target end_epochs").split()
+               "auxiliary_weight poly_power cells cell_dropout latency_weight latency_target end_epochs").split()
 
 
 def check(recipe):
@@ -1151,7 +1156,7 @@ def check(recipe):
                 continue
             if not math.isfinite(number) or number < 0 or number == 0 and name not in MAY_BE_ZERO:
                 raise InputError(f"{flag(name)} {number}: must be {'0 or more' if name in MAY_BE_ZERO else 'more than 0'}")
-        if name in ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum") and value >= 1:
+        if name in ("meta_val_share", "cell_dropout", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum") and value >= 1:
             raise InputError(f"{flag(name)} {value}: must be below 1")
         if name in ("static_batch", "search_batch", "cell_batch") and value < 2:
             raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an image")

@@ -100,7 +100,8 @@ def test_a_stopped_training_ends_with_the_same_weights(run, monkeypatch, stop_at
             calls[0] += 1
             if calls[0] == stop_at:
                 raise KeyboardInterrupt
-            return ((model(x[indices] + torch.randn(1, generator=rng)) - y[indices]) ** 2).mean()
+            inputs = torch.nn.functional.dropout(x[indices], 0.2) + torch.randn(1, generator=rng)       # both generators
+            return ((model(inputs) - y[indices]) ** 2).mean()
 
         history = train.fit(run, name, model, [torch.optim.Adam(model.parameters(), lr=0.1)], 3, 9, 2, loss_of)
         return model.weight.detach(), [entry["loss"] for entry in history]
@@ -240,6 +241,31 @@ def test_the_stored_outputs_are_rolled_as_a_video_is(run, parts):
     for pred, wrong, wanted in zip(rolled, other, expected[1:]):
         assert (pred - wanted).norm() < 0.03 * wanted.norm()
     assert (other[0] - expected[1]).norm() > 0.03 * expected[1].norm()    # the test sees another past
+
+
+def test_dropout_of_stored_channels(run, parts):
+    """A share of the channels is zero, whole ones, the rest is scaled up; a cell that passes all on sees it. 0.0 leaves all as it is."""
+    _, cache, *_ = parts
+    seen = []
+
+    def cell(*inputs):
+        seen.extend(inputs)
+        return inputs[1], inputs[1]
+
+    window = torch.arange(6)[:, None] + torch.arange(2)
+    torch.manual_seed(0)
+    list(cache.roll(cell, window, dropout=0.25))
+    names = "layer4", "dec", "layer2", "layer3", "layer4"
+    for name, index, dropped in zip(names, (0, 0, 1, 1, 1), seen):
+        plain = cache(name, window[:, index])
+        gone = (dropped == 0).flatten(2).all(2)
+        there = ~gone[..., None, None].expand_as(plain)
+        assert torch.equal(dropped[there], (plain * (1 / 0.75))[there])
+        share = (gone & (plain != 0).flatten(2).any(2)).sum() / (plain != 0).flatten(2).any(2).sum()
+        assert 0.1 < share < 0.4
+    seen.clear()
+    list(cache.roll(cell, window))
+    assert all(torch.equal(a, cache(name, window[:, index])) for name, index, a in zip(names, (0, 0, 1, 1, 1), seen))
 
 
 def test_mirror_images_in_the_cache(run, parts):
