@@ -414,6 +414,9 @@ def test_2000_mutated_files_are_read_or_refused(tmp_path):
         file = io.BytesIO()
         picture.convert(mode).save(file, kind, **options)
         seeds.append(file.getvalue())
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 12, (23, 31), np.uint8)).save(file, "PNG")            # a label map
+    seeds.append(file.getvalue())
     if CAMVID.exists():                                                   # and a real image and label
         seeds += [next((CAMVID / folder).iterdir()).read_bytes() for folder in ("train", "trainannot")]
     read, path = [], tmp_path / "0001TP_000000.png"
