@@ -1,42 +1,46 @@
 """The networks: MobileNet-v2, arch2, and the dynamic cell that takes the decoder's place (Sect. 3.1, 3.2).
 
-    image 0 --encoder--> layer1..4 --decoder of arch2--> dec --classifier--> pred        (a key frame)
+    image 0 --encoder--> layer1..4 --decoder of arch2--> dec --classifier--> pred    (a key frame)
                               layer4 |       | dec
                                      v       v
-    image 1 --encoder--> layer2..4 --> dynamic cell --> dec --classifier--> pred         (every later frame)
+    image 1 --encoder--> layer2..4 --> dynamic cell --> dec --classifier--> pred     (every later frame)
 
 In the order of the paper: the encoder and arch2 (Sect. 3.1), the genotype and the cell (Sect. 3.2), the
 network over a video. Images are RGB, normalised; sizes are fractions of the image, rounded up.
 
-    python dyncell.py       prints Table 5: parameters, multiply-adds and time a frame, for arch2 and CELLS
+    python dyncell.py       prints Table 5: parameters, multiply-adds and time a frame
 """
 import collections
 import collections.abc
 import copy
 import json
-import operator
+import re
+import reprlib
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, conv_bn_relu, conv_of_concat, milliseconds_in_turn,
-                 multiply_adds, parameters, resize, to_larger)
+from data import normalise, pad
+from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu,
+                 conv_of_concat, resize, to_larger)
 
-WIDTH = 64                                   # channels of dec and of every node of a cell (Sect. 3.1; cells: [ours])
-TAPS = 24, 32, 96, 320                       # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
+WIDTH = 64                         # channels of dec (Sect. 3.1) and of every node of a cell ([ours])
+TAPS = 24, 32, 96, 320             # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sect. 3.1: the encoder, MobileNet-v2 [Sandler et al. 2018]
 
 class InvertedResidual(nn.Module):
-    """1x1 conv to `expand` times the channels, depthwise 3x3, linear 1x1; a shortcut where the shape stays."""
+    """1x1 conv to `expand` times the channels, depthwise 3x3, linear 1x1; a shortcut if the shape stays."""
 
     def __init__(self, cin, cout, stride, expand):
         super().__init__()
         hidden = cin * expand
-        widen = [] if expand == 1 else [self.conv_bn_relu6(cin, hidden, 1)]       # the first block doesn't widen
+        widen = [] if expand == 1 else [self.conv_bn_relu6(cin, hidden, 1)]     # not in the first block
         self.conv = nn.Sequential(*widen, self.conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
                                   nn.Conv2d(hidden, cout, 1, bias=False), nn.BatchNorm2d(cout))
         self.shortcut = stride == 1 and cin == cout
@@ -54,8 +58,10 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNet-v2, width 1, without its last 1x1 convolution and classifier. Keys as in torchvision."""
 
-    SETTING = (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)
-    TAPPED = 3, 6, 13, 17                    # last block of 24, 32, 96 and 320 channels
+    # expand, channels, repeats, stride
+    SETTING = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+               (6, 320, 1, 1))
+    TAPPED = 3, 6, 13, 17          # last block of 24, 32, 96 and 320 channels
 
     def __init__(self):
         super().__init__()
@@ -70,7 +76,8 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, image):
-        """(B, 3, H, W) -> layer1 (B, 24, H/4, W/4), layer2 (32, 1/8), layer3 (96, 1/16), layer4 (320, 1/32)."""
+        """(B, 3, H, W) -> layer1 (B, 24, H/4, W/4), layer2 (B, 32, H/8, W/8), layer3 (B, 96, H/16, W/16),
+        layer4 (B, 320, H/32, W/32)."""
         taps, x = [], image
         for k, block in enumerate(self.features):
             x = block(x)
@@ -79,23 +86,24 @@ class MobileNetV2(nn.Module):
         return tuple(taps)
 
     def load_imagenet(self, state):
-        """Loads torchvision's state dict, strictly, leaving out the head (features.18 and the classifier).
+        """[ours] Starts from torchvision's state dict, without its head (features.18 and the classifier).
 
         Raises ValueError naming the keys when they are others than torchvision's."""
-        state = {key: value for key, value in state.items() if not key.startswith(("features.18.", "classifier."))}
+        head = "features.18.", "classifier."
+        state = {key: value for key, value in state.items() if not key.startswith(head)}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError("not torchvision's mobilenet_v2: " + " ".join(str(error).split())[:300]) from None
+            line = " ".join(str(error).split())[:300]
+            raise ValueError(f"not torchvision's mobilenet_v2: {line}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sect. 3.1, Fig. 2: the static network, arch2 of [18]
 
-# [18]'s own notation. Its operations are numbered as ours in ops.OPERATIONS (0 conv1x1, 1 conv3x3, 4 gap, 5 rate 3).
+# [18]'s notation. Its operations are numbered as in ops.OPERATIONS (0 conv1x1, 1 conv3x3, 4 gap, 5 rate 3).
 CONTEXTUAL_CELL = 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0)
 CONNECTIONS = (1, 3), (4, 3), (2, 2)
-NAMED_OPERATIONS = list(OPERATIONS.items())
 
 
 class ContextualCell(nn.Module):
@@ -111,23 +119,26 @@ class ContextualCell(nn.Module):
     def __init__(self):
         super().__init__()
         first, *self.entries = CONTEXTUAL_CELL
-        numbers = [first] + [op for _, _, a, b in self.entries for op in (a, b)]
-        self.ops = nn.ModuleList(NAMED_OPERATIONS[number][1](WIDTH) for number in numbers)
-        used = {node for p, q, _, _ in self.entries for node in (p, q)}
+        numbers, used = [first], set()
+        for p, q, a, b in self.entries:
+            numbers += [a, b]
+            used |= {p, q}
+        operations = list(OPERATIONS.values())
+        self.ops = nn.ModuleList(operations[number](WIDTH) for number in numbers)
         sums = [4 + 3 * k for k in range(len(self.entries))]
         self.output = [node for node in (0, 1, *sums) if node not in used]
 
     def forward(self, x):
-        op = iter(self.ops)
-        nodes = [x, next(op)(x)]
-        for p, q, _, _ in self.entries:
-            a, b = next(op)(nodes[p]), next(op)(nodes[q])
+        nodes = [x, self.ops[0](x)]
+        for k, (p, q, _, _) in enumerate(self.entries):
+            a = self.ops[2 * k + 1](nodes[p])
+            b = self.ops[2 * k + 2](nodes[q])
             nodes += [a, b, a + b]
         return sum(nodes[k] for k in self.output)
 
 
 class Block(nn.Module):
-    """A connection (i, j) of the decoder: a contextual cell and a 1x1 conv on each of two maps of the pool, summed."""
+    """A connection (i, j) of the decoder: a contextual cell and a 1x1 conv on each of two maps, summed."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +157,7 @@ def classifier(num_classes):
 class Arch2(nn.Module):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5.
 
-    auxiliary=True adds a classifier on every block's output, for training only (Sect. 6)."""
+    auxiliary=True adds a classifier on every block's output, for training only (Sect. 3.1)."""
 
     def __init__(self, num_classes, auxiliary=False):
         super().__init__()
@@ -154,9 +165,9 @@ class Arch2(nn.Module):
         self.encoder = MobileNetV2()
         self.adapt = nn.ModuleList(conv_bn_relu(channels, WIDTH) for channels in TAPS)
         self.blocks = nn.ModuleList(Block() for _ in CONNECTIONS)
-        used = {k for pair in CONNECTIONS for k in pair}
-        self.unused = [k for k in range(len(TAPS), len(TAPS) + len(CONNECTIONS)) if k not in used]    # blocks 5 and 6
-        self.needed = used                   # arch2 adapts layer1 but no block uses it: weights kept, time saved
+        self.used = set(sum(CONNECTIONS, ()))
+        pool = range(len(TAPS) + len(CONNECTIONS))                    # the taps, then the blocks
+        self.unused = [k for k in pool[len(TAPS):] if k not in self.used]       # blocks 5 and 6
         self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(len(self.unused) * WIDTH, WIDTH))
         self.classifier = classifier(num_classes)
         self.auxiliary = nn.ModuleList(classifier(num_classes) for _ in CONNECTIONS) if auxiliary else None
@@ -167,20 +178,25 @@ class Arch2(nn.Module):
 
     def decode_blocks(self, features):
         """Four features -> dec, pred, and the blocks' outputs (for the auxiliary classifiers)."""
-        pool = [adapt(x) if k in self.needed else None for k, (adapt, x) in enumerate(zip(self.adapt, features))]
+        pool = []
+        for k, (adapt, x) in enumerate(zip(self.adapt, features)):
+            pool.append(adapt(x) if k in self.used else None)         # no block uses layer1: time saved
         for (i, j), block in zip(CONNECTIONS, self.blocks):
-            pool.append(block(pool[i], pool[j]))                          # (B, 64, ...)
-        size = features[1].shape[-2:]                                     # block 5 is at 1/8, block 6 at 1/16
-        dec = self.out(torch.cat([resize(pool[k], size) for k in self.unused], dim=1))     # (B, 64, H/8, W/8)
+            pool.append(block(pool[i], pool[j]))                      # (B, 64, h, w)
+        size = features[1].shape[-2:]  # block 5 is at 1/8, block 6 at 1/16
+        last = torch.cat([resize(pool[k], size) for k in self.unused], dim=1)   # (B, 128, H/8, W/8)
+        dec = self.out(last)                                          # (B, 64, H/8, W/8)
         return dec, self.classifier(dec), pool[len(TAPS):]
 
     def decode(self, features):
         """(layer1, layer2, layer3, layer4) -> dec (B, 64, H/8, W/8), pred (B, num_classes, H/8, W/8)."""
-        return self.decode_blocks(features)[:2]
+        dec, pred, _ = self.decode_blocks(features)
+        return dec, pred
 
     def forward(self, image):
         """(B, 3, H, W) -> pred (B, num_classes, H/8, W/8), logits."""
-        return self.decode(self.encode(image))[1]
+        _, pred = self.decode(self.encode(image))
+        return pred
 
     def forward_auxiliary(self, image):
         """(B, 3, H, W) -> pred and a list of the auxiliary predictions, each at its block's resolution."""
@@ -188,112 +204,11 @@ class Arch2(nn.Module):
         return pred, [head(block) for head, block in zip(self.auxiliary or (), blocks)]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sect. 3.2: the genotype, a string of five tokens a layer
 
-INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"          # the pool a cell starts with, in token order
+INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool a cell starts with
 INPUT_CHANNELS = 320, WIDTH, 32, 96, 320
-
-
-class Layer(collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")):
-    """agg(op1(pool[loc1]), op2(pool[loc2])): locations are positions in the pool, the rest are names."""
-
-
-def _name(value, names, what):
-    """A name, from itself or from its token."""
-    names = list(names)
-    if isinstance(value, str):
-        if value in names:
-            return value
-        raise ValueError(f"unknown {what} {value[:40]!r}; known: {', '.join(names)}")
-    return names[_token(value, len(names), what)]
-
-
-def _token(value, count, what):
-    if isinstance(value, bool):
-        raise ValueError(f"{what} must be a whole number, got {value}")
-    try:
-        number = operator.index(value)                    # takes numpy's and torch's integers, refuses 1.0
-    except TypeError:
-        raise ValueError(f"{what} must be a whole number, got {str(value)[:40]!r}") from None
-    if not 0 <= number < count:
-        raise ValueError(f"{what} must be from 0 to {count - 1}, got {str(number)[:40]}")
-    return number
-
-
-class Genotype(tuple):
-    """The structure of a cell: a tuple of `Layer`, checked.
-
-    Genotype([(1, 2, "sep3x3", "skip", "concat"), ...]); operations and aggregations also by token. A location
-    is a position in the pool, 0 to 4 the five inputs (`INPUTS`), 5 + k the result of layer k, or its name.
-    Raises ValueError when it isn't a cell."""
-
-    def __new__(cls, layers):
-        if isinstance(layers, (str, bytes)) or not isinstance(layers, collections.abc.Iterable):
-            raise ValueError("a genotype is a sequence of layers")
-        checked = []
-        for k, layer in enumerate(layers):
-            pool = INPUTS + tuple(f"node{i}" for i in range(k))
-            if isinstance(layer, (str, bytes)) or not isinstance(layer, collections.abc.Sequence) or len(layer) != 5:
-                raise ValueError(f"layer {k} must be (loc1, loc2, op1, op2, agg), got {str(layer)[:60]!r}")
-            loc1, loc2, op1, op2, agg = layer
-            checked.append(Layer(pool.index(_name(loc1, pool, f"location in layer {k}")),
-                                 pool.index(_name(loc2, pool, f"location in layer {k}")),
-                                 _name(op1, OPERATIONS, f"operation in layer {k}"),
-                                 _name(op2, OPERATIONS, f"operation in layer {k}"),
-                                 _name(agg, AGGREGATIONS, f"aggregation in layer {k}")))
-        if not checked:
-            raise ValueError("a genotype needs at least one layer")
-        return super().__new__(cls, checked)
-
-    def __reduce__(self):                                 # so that copy and pickle go through the check too
-        return Genotype, (tuple(tuple(layer) for layer in self),)
-
-    @classmethod
-    def from_tokens(cls, tokens):
-        """5L whole numbers, (loc1, loc2, op1, op2, agg) a layer: what the controller samples."""
-        tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-        if not isinstance(tokens, collections.abc.Iterable):
-            raise ValueError(f"tokens must be a sequence of whole numbers, got {str(tokens)[:40]!r}")
-        tokens = list(tokens)
-        if not tokens or len(tokens) % 5:
-            raise ValueError(f"a genotype has five tokens a layer, got {len(tokens)} tokens")
-        for token in tokens:
-            _token(token, 10**6, "token")
-        return cls([tuple(tokens[k:k + 5]) for k in range(0, len(tokens), 5)])
-
-    def to_tokens(self):
-        """List of 5L ints."""
-        ops, aggs = list(OPERATIONS), list(AGGREGATIONS)
-        return [t for x in self for t in (x.loc1, x.loc2, ops.index(x.op1), ops.index(x.op2), aggs.index(x.agg))]
-
-    def to_json(self):
-        """JSON text: a list of layers with names."""
-        return json.dumps([dict(layer._asdict(), loc1=location(layer.loc1), loc2=location(layer.loc2)) for layer in self])
-
-    @classmethod
-    def from_json(cls, text):
-        """The inverse of to_json. Raises ValueError on anything else."""
-        try:
-            layers = json.loads(text)
-        except (TypeError, RecursionError) as error:      # a malformed text raises JSONDecodeError, a ValueError
-            raise ValueError(f"not JSON: {error}") from None
-        if not isinstance(layers, list) or not all(isinstance(x, dict) and x.keys() == set(Layer._fields) for x in layers):
-            raise ValueError(f"a genotype in JSON is a list of objects with the keys {', '.join(Layer._fields)}")
-        return cls([tuple(x[field] for field in Layer._fields) for x in layers])
-
-    def output(self):
-        """Pool positions of the results that no later layer sampled; the cell's output concatenates them."""
-        used = {loc for layer in self for loc in (layer.loc1, layer.loc2)}
-        return [len(INPUTS) + k for k in range(len(self)) if len(INPUTS) + k not in used]
-
-    def inputs(self):
-        """Pool positions of the inputs that some layer samples."""
-        return sorted({loc for layer in self for loc in (layer.loc1, layer.loc2) if loc < len(INPUTS)})
-
-    def __str__(self):
-        lines = [f"node{k} = {x.agg}({x.op1}({location(x.loc1)}), {x.op2}({location(x.loc2)}))" for k, x in enumerate(self)]
-        return "; ".join(lines + [f"out = [{', '.join(location(k) for k in self.output())}]"])
 
 
 def location(k):
@@ -301,7 +216,144 @@ def location(k):
     return INPUTS[k] if k < len(INPUTS) else f"node{k - len(INPUTS)}"
 
 
-# ---------------------------------------------------------------------------------------------------------
+class Layer(collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")):
+    """agg(op1(pool[loc1]), op2(pool[loc2])): locations are positions in the pool, the rest are names."""
+
+
+class Genotype(tuple):
+    """The structure of a cell: a tuple of `Layer`, checked. Takes
+
+    - a sequence of layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or of dicts with
+      Layer's keys. A location is a position in the pool (0 to 4 the inputs, 5 + k the result of layer k) or
+      its name; an operation or aggregation is its name or token;
+    - a flat sequence, tensor or array of 5L tokens, as the controller samples them;
+    - a dict with either under "genotype" or "tokens", such as a line of search.jsonl;
+    - any of these as JSON text; or str(genotype).
+
+    Anything else raises ValueError, in one line. `parse` and `from_json` do the same."""
+
+    def __new__(cls, cell):
+        pool, layers = list(INPUTS), []
+        try:
+            for layer in _unpack(cell):
+                layers.append(_check_layer(layer, pool))
+                pool.append(location(len(pool)))
+        except RecursionError:
+            raise ValueError("a genotype is not nested so deeply") from None
+        if not layers:
+            raise ValueError("a genotype needs at least one layer")
+        return super().__new__(cls, layers)
+
+    @classmethod
+    def parse(cls, text_or_object):
+        return cls(text_or_object)
+
+    from_json = parse
+
+    @classmethod
+    def from_tokens(cls, tokens):
+        """5L whole numbers, (loc1, loc2, op1, op2, agg) a layer: what the controller samples."""
+        return cls(_group(_values(tokens)))
+
+    def to_tokens(self):
+        """List of 5L ints."""
+        ops, aggs, tokens = list(OPERATIONS), list(AGGREGATIONS), []
+        for loc1, loc2, op1, op2, agg in self:
+            tokens += [loc1, loc2, ops.index(op1), ops.index(op2), aggs.index(agg)]
+        return tokens
+
+    def to_json(self):
+        """JSON text: a list of layers with names."""
+        layers = [layer._replace(loc1=location(layer.loc1), loc2=location(layer.loc2)) for layer in self]
+        return json.dumps([layer._asdict() for layer in layers])
+
+    def __str__(self):
+        """node0 = concat(skip(dec_prev), skip(layer2)); ...; out = [node1]"""
+        lines = []
+        for k, (loc1, loc2, op1, op2, agg) in enumerate(self):
+            lines.append(f"node{k} = {agg}({op1}({location(loc1)}), {op2}({location(loc2)}))")
+        output = ", ".join(location(k) for k in self.output())
+        return "; ".join([*lines, f"out = [{output}]"])
+
+    def __reduce__(self):                                 # copy and pickle go through the check too
+        return Genotype, (tuple(tuple(layer) for layer in self),)
+
+    def inputs(self):
+        """Pool positions of the inputs that some layer samples."""
+        sampled = {layer.loc1 for layer in self} | {layer.loc2 for layer in self}
+        return [k for k in range(len(INPUTS)) if k in sampled]
+
+    def output(self):
+        """Pool positions of the results that no later layer sampled; the output concatenates them."""
+        sampled = {layer.loc1 for layer in self} | {layer.loc2 for layer in self}
+        return [k for k in range(len(INPUTS), len(INPUTS) + len(self)) if k not in sampled]
+
+
+def _unpack(cell):
+    """A cell in any of Genotype's forms -> a list of layers, not yet checked."""
+    if isinstance(cell, str):
+        return _unpack_text(cell)
+    if isinstance(cell, dict):
+        return _unpack(cell.get("genotype", cell.get("tokens")))
+    values = _values(cell)
+    flat = values and type(values[0]) is int
+    return _group(values) if flat else values
+
+
+def _unpack_text(text):
+    try:
+        if not text.lstrip().startswith("node"):
+            return _unpack(json.loads(text))
+    except json.JSONDecodeError:
+        raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
+    text = "".join(text.split())                          # without blanks and line ends
+    found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
+    genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
+    if text != "".join(str(genotype).split()):            # something was not found, or `out` is another
+        raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
+    return genotype
+
+
+def _group(tokens):
+    """5L tokens -> L lists of five."""
+    if not all(type(token) is int for token in tokens):               # a bool is no token
+        raise ValueError(f"tokens must be whole numbers, got {reprlib.repr(tokens)}")
+    if len(tokens) % 5:
+        raise ValueError(f"a genotype has five tokens a layer, got {len(tokens)} tokens")
+    return [tokens[k:k + 5] for k in range(0, len(tokens), 5)]
+
+
+def _values(sequence):
+    """A sequence, tensor or array -> a list whose numbers are Python's own."""
+    arrays = torch.Tensor, np.ndarray, np.generic
+    if isinstance(sequence, arrays):
+        sequence = sequence.tolist()
+    text = isinstance(sequence, (str, bytes, dict))
+    if text or not isinstance(sequence, collections.abc.Iterable):
+        raise ValueError(f"layers or tokens expected, got {reprlib.repr(sequence)}")
+    return [value.tolist() if isinstance(value, arrays) else value for value in sequence]
+
+
+def _check_layer(layer, pool):
+    """Five names or tokens, or a dict of them -> Layer."""
+    if isinstance(layer, dict) and layer.keys() == set(Layer._fields):
+        layer = [layer[field] for field in Layer._fields]
+    values = _values(layer)
+    if len(values) != 5:
+        raise ValueError(f"a layer is (loc1, loc2, op1, op2, agg), got {reprlib.repr(layer)}")
+    ops, aggs, names = list(OPERATIONS), list(AGGREGATIONS), []
+    for value, known in zip(values, (pool, pool, ops, ops, aggs)):
+        if type(value) is int and 0 <= value < len(known):
+            value = known[value]
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{reprlib.repr(value)} is neither 0 to {len(known) - 1} nor one of "
+                             f"{', '.join(known)}")
+        names.append(value)
+    loc1, loc2, op1, op2, agg = names
+    return Layer(pool.index(loc1), pool.index(loc2), op1, op2, agg)
+
+
+# --------------------------------------------------------------------------------------------------
 # Sect. 3.2: the dynamic cell
 
 class DynamicCell(nn.Module):
@@ -310,30 +362,35 @@ class DynamicCell(nn.Module):
     [ours] 64 channels everywhere; inputs of another width go through 1x1 conv-BN-ReLU, dec goes in as it
     is; the concatenated output goes through 1x1 conv-BN-ReLU at the resolution of layer2.
 
-    past=False puts zeros in place of the previous frame: what the past is worth."""
+    genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame, which
+    shows what the past is worth."""
 
     def __init__(self, genotype, num_classes, past=True):
         super().__init__()
         self.genotype, self.past = Genotype(genotype), past
-        self.adapt = nn.ModuleDict({INPUTS[k]: conv_bn_relu(INPUT_CHANNELS[k], WIDTH)
-                                    for k in self.genotype.inputs() if INPUT_CHANNELS[k] != WIDTH})
+        self.adapt = nn.ModuleDict()
+        for k in self.genotype.inputs():
+            if INPUT_CHANNELS[k] != WIDTH:
+                self.adapt[INPUTS[k]] = conv_bn_relu(INPUT_CHANNELS[k], WIDTH)
         self.op1 = nn.ModuleList(OPERATIONS[layer.op1](WIDTH) for layer in self.genotype)
         self.op2 = nn.ModuleList(OPERATIONS[layer.op2](WIDTH) for layer in self.genotype)
         self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](WIDTH) for layer in self.genotype)
         self.output = self.genotype.output()
         self.out = conv_bn_relu(len(self.output) * WIDTH, WIDTH)
-        self.classifier = classifier(num_classes)         # starts as a copy of the static one: see train.new_cell
+        self.classifier = classifier(num_classes)         # [ours] it starts as a copy of the static one
 
     def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4):
         """(B, 320, 1/32), (B, 64, 1/8), (B, 32, 1/8), (B, 96, 1/16), (B, 320, 1/32)
         -> dec (B, 64, H/8, W/8), pred (B, num_classes, H/8, W/8)."""
         if not self.past:
             layer4_prev, dec_prev = torch.zeros_like(layer4_prev), torch.zeros_like(dec_prev)
-        pool = [self.adapt[name](x) if name in self.adapt else x
-                for name, x in zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4))]
+        pool = []
+        for name, x in zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4)):
+            pool.append(self.adapt[name](x) if name in self.adapt else x)
         for layer, op1, op2, agg in zip(self.genotype, self.op1, self.op2, self.agg):
-            pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))
-        dec = conv_of_concat(self.out, [pool[k] for k in self.output], layer2.shape[-2:])     # (B, 64, H/8, W/8)
+            pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))      # (B, 64, h, w)
+        results = [pool[k] for k in self.output]
+        dec = conv_of_concat(self.out, results, layer2.shape[-2:])    # (B, 64, H/8, W/8)
         return dec, self.classifier(dec)
 
 
@@ -341,16 +398,18 @@ State = collections.namedtuple("State", "layer4 dec")     # what a frame hands t
 
 
 class VideoSegmenter(nn.Module):
-    """The network over a video: arch2 on the first frame, encoder and cell on every later one (Fig. 1).
+    """The network over a video: arch2 on the first frame, encoder and cell on every later one (Sect. 3).
 
-    cell=None is the per-frame baseline: arch2 on every frame."""
+    cell=None is the per-frame baseline: arch2 on every frame. `segment` pads a frame's shorter side to `pad`
+    pixels, as in training (Sect. 4.1: 400 for CamVid's 480x360)."""
 
-    def __init__(self, static, cell):
+    def __init__(self, static, cell, pad=0):
         super().__init__()
-        self.static, self.cell = static, cell
+        self.static, self.cell, self.pad = static, cell, pad
 
     def follow(self, features, state):
-        """One frame's features and the state before it (None: a key frame) -> logits (B, C, H/8, W/8), state."""
+        """One frame's features and the state before it (None: a key frame)
+        -> logits (B, C, H/8, W/8), state."""
         if state is None or self.cell is None:
             dec, logits = self.static.decode(features)
         else:
@@ -358,14 +417,20 @@ class VideoSegmenter(nn.Module):
         return logits, State(features[3], dec)
 
     def step(self, image, state=None):
-        """For streams: (B, 3, H, W) and the state the last step returned (None: a key frame) -> logits, state."""
-        return self.follow(self.static.encode(image), state)
+        """For streams: (B, 3, H, W), normalised, and the state that the last step returned (None: a key
+        frame) -> logits (B, C, H/8, W/8), state. Raises ValueError when either can't be used."""
+        self._check_step(image, state)
+        features = self.static.encode(image)
+        if state is not None:
+            _check_state(state, features)
+        return self.follow(features, state)
 
     def forward(self, frames, key_frame_every=0):
-        """frames (B, T, 3, H, W) -> logits (B, T, C, H/8, W/8). The first frame is a key frame and, if
-        key_frame_every is not 0, so is every such frame after it."""
+        """frames (B, T, 3, H, W), normalised -> logits (B, T, C, H/8, W/8). The first frame is a key frame
+        and, if key_frame_every is not 0, so is every such frame after it."""
+        _check_normalised(frames)
         B, T = frames.shape[:2]
-        features = self.static.encode(frames.flatten(0, 1))               # all frames at once: (B*T, C, h, w)
+        features = self.static.encode(frames.flatten(0, 1))  # all frames at once: (B*T, C, h, w)
         features = [x.unflatten(0, (B, T)) for x in features]
         logits, state = [], None
         for t in range(T):
@@ -375,16 +440,70 @@ class VideoSegmenter(nn.Module):
             logits.append(pred)
         return torch.stack(logits, dim=1)
 
+    @torch.no_grad()
+    def segment(self, image, state=None):
+        """One frame of a stream, from pixels to labels, in eval mode.
 
-# ---------------------------------------------------------------------------------------------------------
+        image    (H, W, 3) uint8, RGB, a tensor or numpy array
+        state    what the last call returned; None: a key frame
+        returns  labels (H, W) uint8 on the module's device, state
+
+        Raises ValueError when the image or the state can't be used, or in training mode."""
+        image = self._check_frame(image)
+        H, W = image.shape[:2]
+        weight = self.static.classifier.weight
+        x = normalise(image[None].to(weight.device))                  # (1, 3, H, W)
+        x, _ = pad(x, torch.zeros(1, H, W), self.pad)                 # (1, 3, H', W')
+        x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8)
+        logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2      # where `pad` has put the image
+        labels = logits.argmax(dim=1)[0, top:top + H, left:left + W]  # (H, W)
+        return labels.to(torch.uint8), state
+
+    def _check_frame(self, image):
+        if self.training or any(part.training for part in self.children()):
+            raise ValueError("segment() is for inference: call .eval() first")
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = torch.from_numpy(image.copy())  # a view may be read-only or have negative strides
+        pixels = torch.is_tensor(image) and image.dtype == torch.uint8 and image.dim() == 3
+        if not pixels or image.shape[2] != 3 or image.numel() == 0:
+            kind, shape = getattr(image, "dtype", type(image).__name__), tuple(getattr(image, "shape", ()))
+            raise ValueError(f"an image must be (H, W, 3) uint8, RGB, tensor or array; got {kind} {shape}")
+        return image
+
+    def _check_step(self, image, state):
+        _check_normalised(image)
+        decoder = self.static if state is None or self.cell is None else self.cell
+        if decoder.training and image.shape[0] == 1:
+            if any(isinstance(module, GlobalAverage) for module in decoder.modules()):
+                raise ValueError("gap's batch norm can't train on a batch of one: call .eval() first, or "
+                                 "give two images or more")
+
+
+def _check_normalised(images):
+    if images.dtype == torch.uint8:
+        raise ValueError("images are uint8: normalise them (data.normalise), or call segment() on one frame")
+
+
+def _check_state(state, features):
+    if not isinstance(state, State):
+        raise ValueError(f"state must be what the last call returned, or None; got {type(state).__name__}")
+    layer4, dec = features[3], features[1]                            # dec has layer2's size
+    if state.layer4.shape != layer4.shape or state.dec[:, 0].shape != dec[:, 0].shape:
+        raise ValueError("the state is of another frame size; start with state=None")
+
+
+# --------------------------------------------------------------------------------------------------
 # For inference
 
 def fold_batchnorm(module):
     """A copy of the module in eval mode whose batch norms are folded into the convolutions before them.
 
-    The same function as module.eval(), to rounding. Where a batch norm follows no convolution directly
-    (in Deformable its weights are applied by deform_conv2d) it becomes one multiply-add a channel."""
-    def fold(parent):
+    The same function as module.eval(), to rounding. Where a batch norm follows no convolution directly (in
+    Deformable its weights are applied by deform_conv2d) it becomes one multiply-add a channel."""
+    holder = nn.Sequential(copy.deepcopy(module)).eval()  # the module may itself be a batch norm
+    for parent in list(holder.modules()):
         before = None
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
@@ -393,12 +512,8 @@ def fold_batchnorm(module):
                     setattr(parent, name, nn.Identity())
                 else:
                     setattr(parent, name, Scale(child))
-            else:
-                fold(child)
             before_name, before = name, child
-        return parent
-
-    return fold(nn.Sequential(copy.deepcopy(module)).eval()).eval()[0]    # wrapped: the module may itself be a batch norm
+    return holder.eval()[0]
 
 
 class Scale(nn.Module):
@@ -414,26 +529,32 @@ class Scale(nn.Module):
         return x * self.scale + self.shift
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cells by name
 
-CELLS = {name: Genotype(layers) for name, layers in {
+CELLS = {
     # Made by hand, each one idea of how to reuse the frame before.
-    "propagate": [("dec_prev", "dec_prev", "skip", "zero", "sum")],       # the previous dec passed on: the floor
-    "warp": [("dec_prev", "layer2", "skip", "skip", "concat"),            # previous dec moved by offsets that see both
-             ("node0", "layer4", "deform3x3", "skip", "sum")],            # frames, plus the current: GRFP [20], NetWarp [9]
-    "predictive": [("layer2", "dec_prev", "skip", "skip", "predictive")],           # filters from the current frame: Li [14]
-    "affine": [("dec_prev", "layer2", "skip", "skip", "affine"),          # one affine motion for the whole image [11],
-               ("node0", "layer4", "skip", "skip", "concat")],            # joined with the current layers
-    "attention": [("layer2", "layer3", "sep3x3", "sep3x3", "concat"),     # per pixel and channel, how much of the previous
-                  ("layer4", "node0", "sep3x3", "sep3x3", "concat"),      # dec to keep beside the current layers
+    # The previous dec passed on: the floor.
+    "propagate": [("dec_prev", "dec_prev", "skip", "zero", "sum")],
+    # The previous dec moved by offsets that see both frames, plus the current one: GRFP [20], NetWarp [9].
+    "warp": [("dec_prev", "layer2", "skip", "skip", "concat"),
+             ("node0", "layer4", "deform3x3", "skip", "sum")],
+    # Filters from the current frame: Li [14].
+    "predictive": [("layer2", "dec_prev", "skip", "skip", "predictive")],
+    # One affine motion for the whole image [11], joined with the current layers.
+    "affine": [("dec_prev", "layer2", "skip", "skip", "affine"),
+               ("node0", "layer4", "skip", "skip", "concat")],
+    # How much of the previous dec to keep beside the current layers, per pixel and channel.
+    "attention": [("layer2", "layer3", "sep3x3", "sep3x3", "concat"),
+                  ("layer4", "node0", "sep3x3", "sep3x3", "concat"),
                   ("dec_prev", "node1", "sep3x3", "sep3x3", "attention")],
-    "concat": [("dec_prev", "layer2", "skip", "skip", "concat"),          # previous dec beside the current layers, no motion
+    # The previous dec beside the current layers, no motion.
+    "concat": [("dec_prev", "layer2", "skip", "skip", "concat"),
                ("layer3", "layer4", "skip", "skip", "concat")],
-    # [ours] Reconstructions of the published cells, NOT the originals: Fig. 7 is a picture that we don't have. Found by
-    # random search, cheap ones preferred (cell3 then rearranged by hand to be cheaper). Of each everything holds that the
-    # paper says in words of that cell, and its size in Table 5.
-    "cell0": [("dec_prev", "layer2", "skip", "skip", "concat"),           # CamVid, +0.50 M, also attention
+    # [ours] Reconstructions of the published cells, NOT the originals: Fig. 7 is a picture that we don't
+    # have. Found by random search, cheap ones preferred (cell3 then rearranged by hand to be cheaper).
+    # Of each everything holds that the paper says in words of that cell, and its size in Table 5.
+    "cell0": [("dec_prev", "layer2", "skip", "skip", "concat"),  # CamVid, +0.50 M, also attention
               ("layer4", "layer3", "deform3x3", "sep5x5", "attention"),
               ("node1", "layer4", "conv3x3_r12", "conv3x3_r3", "concat"),
               ("node1", "node2", "conv3x3_r3", "conv3x3", "attention"),
@@ -443,7 +564,7 @@ CELLS = {name: Genotype(layers) for name, layers in {
               ("dec_prev", "layer2", "conv1x1", "skip", "concat"),
               ("node1", "layer4", "conv1x1", "gap", "concat"),
               ("node3", "layer4", "conv1x1", "deform3x3", "concat")],
-    "cell2": [("layer3", "layer4", "conv3x3_r12", "conv3x3", "concat"),   # CityScapes, +0.39 M, also conv3d
+    "cell2": [("layer3", "layer4", "conv3x3_r12", "conv3x3", "concat"),  # CityScapes, +0.39 M, also conv3d
               ("layer4", "layer2", "conv3x3_r3", "conv1x1", "concat"),
               ("layer4", "node0", "deform3x3", "conv3x3_r3", "conv3d"),
               ("dec_prev", "node2", "skip", "conv3x3_r3", "concat")],
@@ -451,59 +572,24 @@ CELLS = {name: Genotype(layers) for name, layers in {
               ("layer4", "layer3", "deform3x3", "conv3x3", "concat"),
               ("node1", "layer4", "deform3x3", "conv3x3", "concat"),
               ("node2", "layer3", "deform3x3", "deform3x3", "concat")],
-}.items()}
+}
+CELLS = {name: Genotype(layers) for name, layers in CELLS.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Table 5
+# --------------------------------------------------------------------------------------------------
 
-def frame_calls(width, height, arch2, cells):
-    """What is done to a frame, by name: encoder alone, arch2, arch2 + each cell on a later frame; for inference."""
-    image = torch.randn(1, 3, height, width).to(memory_format=torch.channels_last)
-    arch2 = fold_batchnorm(arch2).to(memory_format=torch.channels_last)
-    calls = {"encoder alone": lambda: arch2.encode(image), "arch2": lambda: arch2(image)}
-    _, state = VideoSegmenter(arch2, None).step(image)
-    for name, cell in cells.items():
-        video = VideoSegmenter(arch2, fold_batchnorm(cell).to(memory_format=torch.channels_last))
-        calls[f"arch2 + {name}"] = lambda video=video: video.step(image, state)
-    return calls
+def main(arguments=None):
+    import argparse
 
-
-def print_frames(title, calls, counts, repeats):
-    ms = milliseconds_in_turn(calls, repeats)
-    print(f"\n{title:22} {'parameters':>11} {'G mult-adds':>12} {'ms':>8} {'/ encoder':>10} {'/ arch2':>8}")
-    for name, call in calls.items():
-        print(f"{name:22} {counts[name]:11,} {multiply_adds(call) / 1e9:12.2f} {ms[name]:8.1f} "
-              f"{ms[name] / ms['encoder alone']:10.2f} {ms[name] / ms['arch2']:8.2f}")
-
-
-@torch.no_grad()
-def main():
-    torch.manual_seed(0)
-    image, arch2 = torch.randn(1, 3, 360, 480), {classes: Arch2(classes).eval() for classes in (11, 19)}
-    cells = {name: DynamicCell(cell, 19 if name in ("cell2", "cell3") else 11).eval() for name, cell in CELLS.items()}
-    counts = {f"arch2 + {name}": parameters(VideoSegmenter(arch2[cell.classifier.out_channels], cell))
-              for name, cell in cells.items()}
-    counts |= {"encoder alone": parameters(arch2[11].encoder),
-               "arch2": parameters(arch2[11]), "arch2, as it is": parameters(arch2[11])}
-    print(f"Table 5: one frame, float32, {torch.get_num_threads()} threads, batch norms folded and channels_last but for arch2,\n"
-          "as it is; with a cell: a later frame. cell0 to cell3 are reconstructions. Medians of calls made in turn.")
-
-    calls = frame_calls(480, 360, arch2[11], cells)
-    calls["arch2, as it is"] = lambda: arch2[11](image)
-    print_frames("480 x 360 (CamVid)", calls, counts, repeats=9)
-
-    counts["arch2"] = parameters(arch2[19])
-    calls = frame_calls(2048, 1024, arch2[19], {name: cells[name] for name in ("propagate", "cell2", "cell3")})
-    print_frames("2048 x 1024 (CityScapes)", calls, counts, repeats=3)
-    print("Paper, on a 1080Ti: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57. The encoder alone is the floor of a later frame.")
-
-    print(f"\n{'time against pixels':22} {'arch2 ms':>11} {'ms / Mpixel':>12} {'+ cell1 ms':>10} {'ms / Mpixel':>12}")
-    for width, height in ((240, 180), (480, 360), (960, 720)):
-        ms = milliseconds_in_turn(frame_calls(width, height, arch2[11], {"cell1": cells["cell1"]}), repeats=5)
-        key, later, pixels = ms["arch2"], ms["arch2 + cell1"], width * height / 1e6
-        print(f"{width:5} x {height:<14} {key:11.1f} {key / pixels:12.0f} {later:10.1f} {later / pixels:12.0f}")
+    from util.costs import print_table_5, usable_device
+    parser = argparse.ArgumentParser(
+        description="Prints Table 5: parameters, multiply-adds and time a frame of arch2 and of every "
+                    "cell in CELLS, at the sizes of CamVid and CityScapes, and time against pixels. It takes "
+                    "about a minute on one core.")
+    parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
+    print_table_5(usable_device(parser.parse_args(arguments).device))
 
 
 if __name__ == "__main__":
-    main()
+    from data import run_main
+    run_main(main)

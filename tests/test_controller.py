@@ -1,4 +1,4 @@
-"""The controller against a step-by-step recomputation and against enumeration; PPO's invariants; a planted genotype."""
+"""The controller against naive LSTM cells and against enumeration; PPO's invariants; a planted genotype."""
 import io
 import itertools
 import math
@@ -24,7 +24,7 @@ def scaled(model, factor):
 
 def tiny(factor=20):
     """One layer, 2 inputs, 3 operations, 2 aggregations: 2 * 2 * 3 * 3 * 2 = 72 strings in all."""
-    model = Controller(1, num_inputs=2, num_operations=3, num_aggregations=2, hidden=7, generator=generator(1))
+    model = Controller(1, 2, num_operations=3, num_aggregations=2, hidden=7, generator=generator(1))
     return scaled(model, factor), torch.tensor(list(itertools.product(*map(range, model.choices))))
 
 
@@ -33,7 +33,6 @@ def naive(model, string):
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     h = [torch.zeros(model.lstm.hidden_size, dtype=torch.float64) for _ in range(2)]
     c = [x.clone() for x in h]
-    locations = max(model.choices[0::5])
     log_prob, entropy, distributions = 0.0, 0.0, []
     x = weights["embed.weight"][-1]
     for t, token in enumerate(string.tolist()):
@@ -48,12 +47,11 @@ def naive(model, string):
         log_prob += math.log(p[token])
         entropy -= sum(q * math.log(q) for q in p.tolist())
         distributions.append(p)
-        row = token + {0: 0, 1: 0, 2: locations, 3: locations, 4: locations + model.choices[2]}[t % 5]
-        x = weights["embed.weight"][row]
+        x = weights["embed.weight"][model.rows[t] + token]
     return log_prob, entropy, distributions
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The policy
 
 def test_parameters_start_uniform():
@@ -62,14 +60,42 @@ def test_parameters_start_uniform():
     assert values.abs().max() <= 0.1 and abs(values.mean()) < 1e-3
     assert abs(values.std() - 0.2 / math.sqrt(12)) < 1e-3
     assert model.lstm.num_layers == 2 and model.lstm.hidden_size == 100
-    assert all(p.abs().max() > 0.09 for p in model.parameters() if p.numel() > 300)         # biases and embeddings too
+    assert all(p.abs().max() > 0.09 for p in model.parameters() if p.numel() > 300)  # biases too
 
 
 def test_choices():
-    assert Controller(3).choices == [5, 5, 12, 12, 6, 6, 6, 12, 12, 6, 7, 7, 12, 12, 6]
-    for bad in ((0,), (1, 0), (1, 5, 0), (1, 5, 12, 0)):
-        with pytest.raises(ValueError):
-            Controller(*bad)
+    """Each layer adds a location; positions of one kind share their rows of the embedding."""
+    model = Controller(3)
+    assert model.choices == [5, 5, 12, 12, 6, 6, 6, 12, 12, 6, 7, 7, 12, 12, 6]
+    assert model.rows.tolist() == [0, 0, 7, 7, 19] * 3 and model.start == 25      # 7 locations, 12, 6
+    assert model.embed.num_embeddings == 26
+
+
+def test_free_choices():
+    """Another problem: each position has its own number of tokens and its own rows of the embedding."""
+    model = Controller(choices=[2, 6, 1, 3])
+    assert model.choices == [2, 6, 1, 3] and model.rows.tolist() == [0, 2, 8, 9] and model.start == 12
+    strings = torch.tensor(list(itertools.product(*map(range, model.choices))))
+    log_prob, entropy = scaled(model, 10).log_prob(strings)
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    for k in (0, 7, 35):
+        expected = naive(model, strings[k])
+        assert log_prob[k].item() == pytest.approx(expected[0], rel=1e-4)
+        assert entropy[k].item() == pytest.approx(expected[1], rel=1e-4)
+    for draw in (model.sample(500, generator())[0], model.random(500, generator())):
+        assert draw.shape == (500, 4) and (draw.amax(0) < torch.tensor(model.choices)).all()
+
+
+def test_genotypes_are_choices_that_share_rows():
+    """The same strings have the same probabilities when the rows are copied to each position."""
+    shared = scaled(Controller(2, generator=generator(1)), 5)
+    free = Controller(choices=shared.choices)
+    state = shared.state_dict()
+    rows = [torch.arange(first, first + n) for first, n in zip(shared.rows, shared.choices)]
+    state["embed.weight"] = state["embed.weight"][torch.cat((*rows, torch.tensor([shared.start])))]
+    free.load_state_dict(state)
+    tokens, _ = shared.sample(5, generator())
+    torch.testing.assert_close(free.log_prob(tokens), shared.log_prob(tokens))
 
 
 @pytest.mark.parametrize("factor", [1, 5])
@@ -81,7 +107,7 @@ def test_sampled_log_probs_are_the_evaluated_ones(factor):
     new, entropy = model.log_prob(tokens)
     assert new.shape == entropy.shape == (7,) and new.requires_grad and entropy.requires_grad
     torch.testing.assert_close(new.detach(), old, atol=1e-4, rtol=1e-6)
-    alone = torch.cat([model.log_prob(row[None])[0] for row in tokens])   # a row doesn't depend on its batch
+    alone = torch.cat([model.log_prob(row[None])[0] for row in tokens])  # a row doesn't depend on its batch
     torch.testing.assert_close(alone, new, atol=1e-4, rtol=1e-6)
 
 
@@ -101,7 +127,7 @@ def test_enumerated_probabilities_sum_to_one():
         log_prob, entropy = model.log_prob(strings)
     p = log_prob.double().exp()
     assert len(strings) == 72 and p.sum().item() == pytest.approx(1, abs=1e-5)
-    assert p.max() > 3 / 72                                               # far from uniform, or the test shows little
+    assert p.max() > 3 / 72  # far from uniform, or the test shows little
     # the chain rule: the mean of the summed conditional entropies is the entropy of the whole string
     assert (p * entropy).sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
 
@@ -138,7 +164,7 @@ def test_samples_and_random_stay_within_the_choices_and_reach_them_all():
         assert tokens.shape == (3000, 20) and tokens.dtype == torch.int64 and tokens.min() == 0
         assert tokens.amax(0).tolist() == [n - 1 for n in model.choices]
         for t, n in enumerate(model.choices):
-            assert torch.bincount(tokens[:, t], minlength=n).min() > 0.5 * 3000 / n          # near uniform at the start
+            assert torch.bincount(tokens[:, t], minlength=n).min() > 0.5 * 3000 / n  # about uniform
 
 
 def test_a_seed_gives_the_same_tokens():
@@ -149,34 +175,13 @@ def test_a_seed_gives_the_same_tokens():
         torch.manual_seed(2)
         before = torch.get_rng_state()
         assert torch.equal(first, draw(generator(3)))
-        assert torch.equal(before, torch.get_rng_state())                 # torch's own generator isn't touched
+        assert torch.equal(before, torch.get_rng_state())  # torch's own generator isn't touched
         assert not torch.equal(first, draw(generator(4)))
     a, b = (Controller(2, generator=generator(5)).state_dict() for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("change", [lambda t: t[0], lambda t: t[:, :-1], lambda t: t[None], lambda t: t[:0],
-                                    lambda t: t.float(), lambda t: t > 0])
-def test_misshapen_tokens_are_refused(change):
-    model = Controller(2)
-    with pytest.raises(ValueError, match="tokens must be"):
-        model.log_prob(change(model.random(3, generator())))
-
-
-def test_tokens_out_of_range_are_refused():
-    model = Controller(2)
-    for t, n in enumerate(model.choices):
-        for value in (-1, n, 2**40):
-            tokens = model.random(3, generator())
-            tokens[1, t] = value
-            with pytest.raises(ValueError, match=f"token {t} of string 1 must be from 0 to {n - 1}, got {value}"):
-                model.log_prob(tokens)
-    for draw in (model.sample, model.random):
-        with pytest.raises(ValueError):
-            draw(0)
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # PPO
 
 KEYS = {"loss", "approx_kl", "clip_fraction", "entropy", "baseline", "grad_norm"}
@@ -196,7 +201,7 @@ def test_before_the_first_step_every_ratio_is_one():
     assert figures["loss"] == pytest.approx(-0.5 * entropy, rel=1e-4)
     assert figures["baseline"] == pytest.approx(reward.mean().item())
     assert figures["grad_norm"] > 0
-    again = ppo.update(tokens, old, reward)                               # the same sample is off-policy by now
+    again = ppo.update(tokens, old, reward)  # the same sample is off-policy by now
     assert again["approx_kl"] > 1e-5
 
 
@@ -204,7 +209,8 @@ def test_one_update_against_the_formulas():
     """Off-policy old log-probs; every figure written out from the naive log-probabilities."""
     model = Controller(2, generator=generator(1))
     tokens, old = model.sample(4, generator())
-    old = old + torch.tensor([0.3, -0.3, 0.05, 0.0])                      # ratios of 0.74, 1.35, 0.95 and 1
+    # Ratios of 1.35 and 0.74, where better and worse than expected are clipped, and of 0.95 and 1.
+    old = old + torch.tensor([-0.3, 0.3, 0.05, 0.0])
     ppo = PPO(model, epochs=1, clip=0.1, entropy_weight=0.01, baseline_decay=0.9)
     ppo.baseline = 0.5
     reward = [0.7, 0.2, 0.4, 0.9]
@@ -248,6 +254,17 @@ def test_ratios_beyond_the_clip_get_no_gradient():
     torch.testing.assert_close(model.log_prob(tokens)[0].detach(), before)
 
 
+def test_the_old_log_prob_is_a_constant():
+    """Also when it comes with a graph; otherwise the ratio would have no gradient."""
+    after = []
+    for old in (lambda log_prob: log_prob, torch.Tensor.detach):
+        model = Controller(2, generator=generator(1))
+        tokens = model.random(3, generator())
+        figures = PPO(model).update(tokens, old(model.log_prob(tokens)[0]), [0.1, 0.5, 0.9])
+        after.append((figures, [p.detach() for p in model.parameters()]))
+    assert after[0][0] == after[1][0] and all(map(torch.equal, after[0][1], after[1][1]))
+
+
 def test_it_moves_toward_the_rewarded_string():
     for seed in range(3):
         model = Controller(3, generator=generator(seed))
@@ -284,29 +301,6 @@ def test_updates_of_any_size_stay_finite(n):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_bad_updates_are_refused_and_change_nothing():
-    model = Controller(2)
-    ppo = PPO(model)
-    tokens, old = model.sample(3, generator())
-    reward = torch.tensor([.1, .2, .3])
-    ppo.update(tokens, old, reward)
-    before = io.BytesIO()
-    torch.save(ppo.state_dict(), before)
-    for bad in ((tokens, old[:, None], reward), (tokens, old, reward[:, None]), (tokens, old[:2], reward),
-                (tokens[0], old, reward), (tokens, old, reward[:1]), (tokens, old.sum(), reward),
-                (tokens, old, reward * math.nan), (tokens, old * math.inf, reward), (tokens + 12, old, reward),
-                (tokens[:0], old[:0], reward[:0])):
-        with pytest.raises(ValueError):
-            ppo.update(*bad)
-    after = io.BytesIO()
-    torch.save(ppo.state_dict(), after)
-    assert before.getvalue() == after.getvalue()
-    for setting in (dict(learning_rate=0), dict(learning_rate=math.nan), dict(clip=0), dict(baseline_decay=1),
-                    dict(epochs=0), dict(entropy_weight=-1), dict(max_grad_norm=0)):
-        with pytest.raises(ValueError):
-            PPO(model, **setting)
-
-
 def test_a_saved_search_goes_on_exactly():
     def start():
         model = Controller(2, generator=generator(1))
@@ -336,7 +330,7 @@ def test_a_saved_search_goes_on_exactly():
         PPO(Controller(3)).load_state_dict(saved["ppo"])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A search whose answer is known
 
 def test_planted_reward():
@@ -362,7 +356,7 @@ def test_ppo_beats_random_search_on_a_planted_genotype():
         figures = ppo.update(tokens, old, reward(tokens, g))
         found.append(reward(tokens))
     found, uniform = torch.cat(found), reward(model.random(300, g))
-    assert found[-50:].mean() > 0.73 > 0.62 > uniform.mean()              # the noise of one seed's mean is 0.02
+    assert found[-50:].mean() > 0.73 > 0.62 > uniform.mean()  # the noise of one seed's mean is 0.02
     assert found.max() > uniform.max() + 0.07                             # the best of 300 samples each
     assert figures["entropy"] < 40                                        # 53 at the start
 
@@ -377,7 +371,83 @@ def test_ppo_finds_a_small_planted_genotype():
     assert model.log_prob(best[None])[0].exp() > 0.5                      # 1 of 21,600 strings
 
 
+def test_ppo_solves_another_problem():
+    g = generator()
+    model = Controller(choices=[6] * 10, generator=g)
+    ppo, (best, reward) = PPO(model), planted_reward(model)
+    assert best.shape == (10,) and reward(best[None]).item() == 1
+    for _ in range(50):
+        tokens, old = model.sample(10, g)
+        ppo.update(tokens, old, reward(tokens, g))
+    assert reward(model.sample(100, g)[0]).mean() > 0.8                   # 0.62 at the start
+
+
 def test_main_prints_both_curves(capsys):
-    controller.main(samples=50, seeds=1)
+    """And leaves the process's threads as they are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    controller.main(["--samples", "50", "--seeds", "1"])
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "random" in out and "     50 " in out
+    for option in ("--samples", "--rollout", "--seeds"):
+        with pytest.raises(SystemExit):
+            controller.main([option, "0"])
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+
+@pytest.mark.parametrize("sizes", [
+    dict(num_layers=0), dict(num_layers=1, num_inputs=0), dict(num_layers=1, num_operations=0),
+    dict(num_layers=1, num_aggregations=0), dict(num_layers=1, hidden=0), dict(choices=[]),
+    dict(choices=[3, 0]), dict(choices=[3], hidden=0), dict(), dict(num_layers=1, choices=[3])], ids=str)
+def test_sizes_are_refused(sizes):
+    with pytest.raises(ValueError):
+        Controller(**sizes)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[0], lambda t: t[:, :-1], lambda t: t[None], lambda t: t[:0],
+                                    lambda t: t.float(), lambda t: t > 0])
+def test_misshapen_tokens_are_refused(change):
+    model = Controller(2)
+    with pytest.raises(ValueError, match="tokens must be"):
+        model.log_prob(change(model.random(3, generator())))
+
+
+def test_tokens_out_of_range_are_refused():
+    model = Controller(2)
+    for t, n in enumerate(model.choices):
+        for value in (-1, n, 2**40):
+            tokens = model.random(3, generator())
+            tokens[1, t] = value
+            message = f"token {t} of string 1 must be from 0 to {n - 1}, got {value}"
+            with pytest.raises(ValueError, match=message):
+                model.log_prob(tokens)
+    for draw in (model.sample, model.random):
+        with pytest.raises(ValueError):
+            draw(0)
+
+
+def test_bad_updates_are_refused_and_change_nothing():
+    model = Controller(2)
+    ppo = PPO(model)
+    tokens, old = model.sample(3, generator())
+    reward = torch.tensor([.1, .2, .3])
+    ppo.update(tokens, old, reward)
+    before = io.BytesIO()
+    torch.save(ppo.state_dict(), before)
+    for bad in ((tokens, old[:, None], reward), (tokens, old, reward[:, None]), (tokens, old[:2], reward),
+                (tokens[0], old, reward), (tokens, old, reward[:1]), (tokens, old.sum(), reward),
+                (tokens, old, reward * math.nan), (tokens, old * math.inf, reward),
+                (tokens + 12, old, reward), (tokens[:0], old[:0], reward[:0])):
+        with pytest.raises(ValueError):
+            ppo.update(*bad)
+    after = io.BytesIO()
+    torch.save(ppo.state_dict(), after)
+    assert before.getvalue() == after.getvalue()
+    for setting in (dict(learning_rate=0), dict(learning_rate=math.nan), dict(clip=0), dict(baseline_decay=1),
+                    dict(epochs=0), dict(entropy_weight=-1), dict(max_grad_norm=0)):
+        with pytest.raises(ValueError):
+            PPO(model, **setting)

@@ -1,13 +1,12 @@
 """Tables 1 and 2: every fast operation beside its definition, written as loops in float64.
 
 The definitions here use numpy and a tent function, so they share nothing with the code under test:
-a bilinear sample is sum over ALL pixels of tent(row - i) * tent(col - j) * x[i, j], tent(d) = max(0, 1 - |d|),
-which is zero outside without any case distinction.
+a bilinear sample is the sum over ALL pixels of tent(row - i) * tent(col - j) * x[i, j], where
+tent(d) = max(0, 1 - |d|), which is zero outside without any case distinction.
 """
 import copy
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 import ops
+from util.costs import parameters
 
 EVERY = [pytest.param(table[name], inputs, name, id=name)
          for table, inputs in ((ops.OPERATIONS, 1), (ops.AGGREGATIONS, 2)) for name in table]
@@ -58,7 +58,7 @@ def randomise(module):
     return module.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The definitions
 
 def tent(distance):
@@ -79,7 +79,7 @@ def naive_deform(input, offset, weight, bias, stride, padding, dilation, mask):
     G = offset.shape[1] // (2 * kh * kw)
     out = np.zeros((B, cout, Ho, Wo))
     for b, o, r, s, c, i, j in itertools.product(*map(range, (B, cout, Ho, Wo, cin_group, kh, kw))):
-        channel = o // (cout // (cin // cin_group)) * cin_group + c       # weight group of o, then c within it
+        channel = o // (cout // (cin // cin_group)) * cin_group + c  # weight group of o, then c within it
         group, tap = channel // (cin // G), i * kw + j
         dy, dx = offset[b, group * 2 * kh * kw + 2 * tap:, r, s][:2]
         sample = naive_sample(x[b, channel], r * stride[0] - padding[0] + i * dilation[0] + dy,
@@ -124,20 +124,22 @@ def kernels(module):
 
 def expect_convolution(rate):
     def expected(module, x):
-        for weight in sorted(kernels(module), key=lambda w: -w.shape[-1]):    # one, or depthwise then pointwise
+        for weight in sorted(kernels(module), key=lambda w: -w.shape[-1]):  # one, or depthwise then pointwise
             x = naive_conv(x, weight, rate if weight.shape[-1] > 1 else 1)
         return bn_relu(module, x)
     return expected
 
 
 def expect_deform(module, x):
-    maps = torch.tensor(naive_conv(x, module.offset_mask.weight, bias=module.offset_mask.bias))    # (B, 27, H, W)
-    out = naive_deform(torch.tensor(x), maps[:, :18], module.weight, None, (1, 1), (1, 1), (1, 1), maps[:, 18:].sigmoid())
+    maps = naive_conv(x, module.offset_mask.weight, bias=module.offset_mask.bias)
+    offset, mask = torch.tensor(maps).split((18, 9), dim=1)               # (B, 27, H, W)
+    one = (1, 1)
+    out = naive_deform(torch.tensor(x), offset, module.weight, None, one, one, one, mask.sigmoid())
     return bn_relu(module, out)
 
 
 def expect_conv3d(module, x, y):
-    weight, = kernels(module)                                             # (C, 2C, 3, 3): first x's part, then y's
+    weight, = kernels(module)  # (C, 2C, 3, 3): first x's part, then y's
     channels = len(weight)
     conv = nn.Conv3d(channels, channels, (2, 3, 3), padding=(0, 1, 1), bias=False, **DOUBLE)
     with torch.no_grad():
@@ -167,7 +169,7 @@ def expect_affine(module, x, y):
     weight, bias = module.theta.weight.detach().numpy(), module.theta.bias.detach().numpy()
     for b, r, s in itertools.product(range(B), range(H), range(W)):
         theta = (weight @ np.concatenate((x[b].mean((1, 2)), y[b].mean((1, 2)))) + bias).reshape(2, 3)
-        u, v = theta @ [(2 * s + 1) / W - 1, (2 * r + 1) / H - 1, 1]      # in [-1, 1] over the image, x first
+        u, v = theta @ [(2 * s + 1) / W - 1, (2 * r + 1) / H - 1, 1]  # in [-1, 1] over the image, x first
         out[b, :, r, s] += naive_sample(x[b], ((v + 1) * H - 1) / 2, ((u + 1) * W - 1) / 2)
     return out
 
@@ -177,7 +179,7 @@ OPERATIONS = {                                                            # PAPE
     "conv3x3": expect_convolution(1),
     "sep3x3": expect_convolution(1),
     "sep5x5": expect_convolution(1),
-    "gap": lambda m, x: bn_relu(m, naive_conv(x.mean((2, 3), keepdims=True), *kernels(m))) + np.zeros(x.shape),
+    "gap": lambda m, x: 0 * x + bn_relu(m, naive_conv(x.mean((2, 3), keepdims=True), *kernels(m))),
     "conv3x3_r3": expect_convolution(3),
     "conv3x3_r12": expect_convolution(12),
     "sep3x3_r3": expect_convolution(3),
@@ -194,27 +196,29 @@ AGGREGATIONS = {                                                          # Tabl
     "predictive": expect_predictive,
     "affine": expect_affine,
 }
-PARAMETERS = {                                                            # by hand, at 64 channels; BN has 128
+PARAMETERS = {  # by hand, at 64 channels; BN has 128
     "conv1x1": 64 * 64 + 128, "conv3x3": 9 * 64 * 64 + 128, "sep3x3": 9 * 64 + 64 * 64 + 128,
     "sep5x5": 25 * 64 + 64 * 64 + 128, "gap": 64 * 64 + 128, "conv3x3_r3": 9 * 64 * 64 + 128,
-    "conv3x3_r12": 9 * 64 * 64 + 128, "sep3x3_r3": 9 * 64 + 64 * 64 + 128, "sep5x5_r6": 25 * 64 + 64 * 64 + 128,
+    "conv3x3_r12": 9 * 64 * 64 + 128, "sep3x3_r3": 9 * 64 + 64 * 64 + 128,
+    "sep5x5_r6": 25 * 64 + 64 * 64 + 128,
     "skip": 0, "zero": 0, "deform3x3": (9 * 64 * 27 + 27) + 9 * 64 * 64 + 128,
     "sum": 0, "concat": 128 * 64 + 128, "conv3d": 2 * 9 * 64 * 64 + 128, "attention": 9 * 128 * 64 + 64,
     "predictive": 9 * 64 * 9 + 9, "affine": 128 * 6 + 6,
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sample_bilinear
 
 @pytest.mark.parametrize("height, width", [(4, 7), (5, 2), (1, 6), (6, 1), (1, 1)])
 def test_sample_bilinear(height, width):
     x = torch.randn(2, 3, height, width, **DOUBLE)
-    # In, on the first and last pixel, between the border and zero, one pixel out, far out: every pair of them.
+    # On the border, within, between border and zero, one pixel out, far out: every pair of them.
     def positions(size):
-        return [0, size - 1, (size - 1) / 2, 0.3 * size, -0.25, size - 0.6, -1, size, -1.5, size + 0.5, -1e4, 1e9]
+        within = [0, size - 1, (size - 1) / 2, 0.3 * size]
+        return within + [-0.25, size - 0.6, -1, size, -1.5, size + 0.5, -1e4, 1e9]
     rows, cols = torch.tensor(list(itertools.product(positions(height), positions(width))), **DOUBLE).T
-    rows, cols = (torch.stack((t, t.flip(0))).reshape(2, 9, 16) for t in (rows, cols))     # differs in the batch
+    rows, cols = (torch.stack((t, t.flip(0))).reshape(2, 9, 16) for t in (rows, cols))  # differs in the batch
     actual = ops.sample_bilinear(x, rows, cols)
     assert actual.shape == (2, 3, 9, 16)
     for b, i, j in itertools.product(range(2), range(9), range(16)):
@@ -237,10 +241,12 @@ def test_sample_bilinear_learns_from_integer_positions():
     close(sample, x[..., 1:-1, 1:-1])
     sample.sum().backward()
     total = x.sum((0, 1)).numpy()
-    for grad, axis in ((rows.grad, 0), (cols.grad, 1)):                   # a kink: the slope to either side will do
+    for grad, axis in ((rows.grad, 0), (cols.grad, 1)):  # a kink: the slope to either side will do
         slope = np.diff(total, axis=axis)
-        before, after = (slope[:-1, 1:-1], slope[1:, 1:-1]) if axis == 0 else (slope[1:-1, :-1], slope[1:-1, 1:])
-        error = np.minimum(abs(grad[0].numpy() - before), abs(grad[0].numpy() - after))
+        slope = slope if axis == 0 else slope.T
+        before, after = slope[:-1, 1:-1], slope[1:, 1:-1]
+        grad = grad[0].numpy() if axis == 0 else grad[0].numpy().T
+        error = np.minimum(abs(grad - before), abs(grad - after))
         assert error.max() < 1e-9
 
 
@@ -253,14 +259,7 @@ def test_sample_bilinear_empty(batch, channels, h, w):
     assert x.grad.shape == x.shape and not x.grad.any()
 
 
-@pytest.mark.parametrize("x, rows, cols", [((3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 2, 2), (2, 2, 3)),
-                                           ((2, 3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 4), (2, 4))])
-def test_sample_bilinear_refuses(x, rows, cols):
-    with pytest.raises(ValueError):
-        ops.sample_bilinear(torch.zeros(x), torch.zeros(rows), torch.zeros(cols))
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # deform_conv2d
 
 # stride, padding, dilation, weight groups, offset groups; nothing the same in both directions.
@@ -270,7 +269,8 @@ GEOMETRY = [((2, 1), (1, 0), (2, 1), 2, 3), ((1, 1), (0, 0), (1, 1), 1, 1), ((1,
 
 def deform_case(stride, padding, dilation, groups, offset_groups, batch=2, kernel=(3, 2), size=(5, 4)):
     """Random arguments: 6 channels in, 12 out, map 5 x 4, kernel 3 x 2. Samples lie in and out of the map."""
-    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1
+           for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
     taps = kernel[0] * kernel[1]
     return dict(input=torch.randn(batch, 6, *size, **DOUBLE),
                 offset=off_integer(batch, 2 * offset_groups * taps, *out),
@@ -293,7 +293,8 @@ def test_deform_conv2d(geometry, with_bias, with_mask):
 def test_deform_conv2d_signature():
     """A drop-in: torchvision's positions of the arguments, and one number for both directions."""
     case = deform_case((2, 2), (1, 1), (1, 1), 2, 3)
-    close(ops.deform_conv2d(case["input"], case["offset"], case["weight"], case["bias"], 2, 1, 1, case["mask"]),
+    arguments = [case[name] for name in ("input", "offset", "weight", "bias")]
+    close(ops.deform_conv2d(*arguments, 2, 1, 1, case["mask"]),
           naive_deform(**case, stride=(2, 2), padding=(1, 1), dilation=(1, 1)))
 
 
@@ -318,9 +319,9 @@ def test_deform_conv2d_at_whole_offsets(geometry):
         (top, left), (H, W) = padding, case["input"].shape[2:]
         plane = plane[:, :, far - top:far + H + top, far - left:far + W + left]
         expected = F.conv2d(plane, case["weight"], case["bias"], stride, 0, dilation, groups)
-        actual = ops.deform_conv2d(case["input"], case["offset"], case["weight"], case["bias"], stride, padding, dilation)
-        close(actual, expected)
-        half = torch.full_like(case["mask"], 0.5)                         # the mask scales samples, not the bias
+        arguments = [case[name] for name in ("input", "offset", "weight", "bias")]
+        close(ops.deform_conv2d(*arguments, stride, padding, dilation), expected)
+        half = torch.full_like(case["mask"], 0.5)  # the mask scales samples, not the bias
         close(ops.deform_conv2d(**{**case, "mask": half}, stride=stride, padding=padding, dilation=dilation),
               (expected + case["bias"][:, None, None]) / 2)
 
@@ -328,19 +329,29 @@ def test_deform_conv2d_at_whole_offsets(geometry):
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("threads, parts", [(1, 5), (2, 3), (4, 2), (5, 1)])
 def test_deform_conv2d_in_parts(monkeypatch, threads, parts, with_mask):
-    """On a CPU as many images at a time as there are threads: the same values and gradients as one image alone."""
-    case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items() if with_mask or name != "mask"}
+    """On a CPU as many images at a time as there are threads: values and gradients as of each image alone."""
+    case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items()}
+    if not with_mask:
+        del case["mask"]
     where, there = dict(stride=(2, 1), padding=(1, 0), dilation=(2, 1)), torch.randn(5, 12, 2, 3, **DOUBLE)
-    alone = [ops.deform_conv2d(**{name: t if name in ("weight", "bias") else t[b:b + 1] for name, t in case.items()}, **where)
-             for b in range(5)]
+    alone = []
+    for b in range(5):
+        one = {name: t if name in ("weight", "bias") else t[b:b + 1] for name, t in case.items()}
+        alone.append(ops.deform_conv2d(**one, **where))
     expected = torch.cat(alone)
     sample, sizes = ops.sample_bilinear, []
-    monkeypatch.setattr(ops, "sample_bilinear", lambda x, *where: sizes.append(len(x) // 3) or sample(x, *where))
+
+    def counted(x, *where):
+        sizes.append(len(x) // 3)                         # 3 offset groups an image
+        return sample(x, *where)
+
+    monkeypatch.setattr(ops, "sample_bilinear", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     actual = ops.deform_conv2d(**case, **where)
-    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= threads               # 3 offset groups an image
+    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= threads
     close(actual, expected.detach())
-    for a, e in zip(*(torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)), strict=True):
+    gradients = [torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)]
+    for a, e in zip(*gradients, strict=True):
         close(a, e)
 
 
@@ -361,23 +372,7 @@ def test_deform_conv2d_positions_are_exact_in_bfloat16():
     assert (out[:, :, :-1] == 0.5).all()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("offset", (2, 36, 2, 2)), ("offset", (2, 36, 3, 3)), ("offset", (1, 36, 2, 3)), ("offset", (2, 35, 2, 3)),
-    ("offset", (2, 48, 2, 3)), ("offset", (2, 0, 2, 3)), ("offset", (36, 2, 3)),           # 48: four groups of six channels
-    ("mask", (2, 36, 2, 3)), ("mask", (2, 6, 2, 3)), ("mask", (2, 18, 3, 2)), ("mask", (1, 18, 2, 3)), ("mask", (18, 2, 3)),
-    ("weight", (12, 4, 3, 2)), ("weight", (12, 12, 3, 2)), ("weight", (11, 3, 3, 2)), ("weight", (12, 3, 6)),
-    ("weight", (12, 3, 9, 9)), ("weight", (0, 3, 3, 2)), ("bias", (11,)), ("bias", (12, 1)), ("bias", ()),
-    ("input", (6, 5, 4)), ("input", (2, 7, 5, 4)), ("input", (2, 0, 5, 4)), ("input", (2, 6, 1, 1)),
-    ("stride", 0), ("stride", (1, 2, 3)), ("padding", -1), ("padding", (1,)), ("dilation", 0), ("dilation", (2, -1)),
-], ids=str)
-def test_deform_conv2d_refuses(name, value):
-    case = dict(deform_case(*GEOMETRY[0]), stride=(2, 1), padding=(1, 0), dilation=(2, 1))
-    case[name] = torch.zeros(value, **DOUBLE) if torch.is_tensor(case[name]) else value
-    with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        ops.deform_conv2d(**case)
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tables
 
 def test_names_are_in_token_order():
@@ -388,18 +383,19 @@ def test_names_are_in_token_order():
 
 @pytest.mark.parametrize("make, inputs, name", EVERY)
 def test_parameters(make, inputs, name):
-    assert ops.parameters(make(64)) == PARAMETERS[name]
+    assert parameters(make(64)) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name):
     module = randomise(ops.OPERATIONS[name](4)).double()
-    x = torch.randn(2, 4, 15, 14, **DOUBLE)                               # larger than 12, so that all taps of r12 meet it
+    x = torch.randn(2, 4, 15, 14, **DOUBLE)  # larger than 12, so that all taps of r12 meet it
     close(module(x), OPERATIONS[name](module, x.numpy()), 1e-6)
 
 
 # The second input smaller, the first one smaller, both the same; not the same factor in both directions.
-@pytest.mark.parametrize("sizes", [((7, 5), (3, 4)), ((2, 3), (8, 5)), ((6, 7), (6, 7)), ((1, 1), (4, 3))], ids=str)
+@pytest.mark.parametrize("sizes", [((7, 5), (3, 4)), ((2, 3), (8, 5)), ((6, 7), (6, 7)), ((1, 1), (4, 3)),
+                                   ((1, 3), (1, 7))], ids=str)
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_aggregation(name, sizes):
     module = randomise(ops.AGGREGATIONS[name](4)).double()
@@ -422,13 +418,13 @@ def test_affine_starts_as_the_sum_and_translates():
     module = ops.AGGREGATIONS["affine"](4).double()
     x, y = torch.randn(2, 2, 4, 5, 8, **DOUBLE)
     close(module(x, y), x + y, 1e-6)
-    with torch.no_grad():                                                 # 2 / W is one pixel: look 3 right, 1 up
+    with torch.no_grad():  # 2 / W is one pixel: look 3 right, 1 up
         module.theta.bias[2], module.theta.bias[5] = 3 * 2 / 8, -1 * 2 / 5
     close((module(x, y) - y)[:, :, 1:, :-3], x[:, :, :-1, 3:], 1e-6)
     close((module(x, y) - y)[:, :, :, -3:], 0 * x[:, :, :, -3:], 1e-6)    # zeros from outside
-    with torch.no_grad():                                                 # columns at half speed, about the centre
+    with torch.no_grad():  # columns at half speed, about the centre
         module.theta.bias.copy_(torch.tensor([0.5, 0, 0, 0, 1, 0]))
-    close((module(x, y) - y)[..., 0], 0.25 * x[..., 1] + 0.75 * x[..., 2], 1e-6)           # (0 - 3.5) / 2 + 3.5 = 1.75
+    close((module(x, y) - y)[..., 0], 0.25 * x[..., 1] + 0.75 * x[..., 2], 1e-6)  # (0 - 3.5) / 2 + 3.5 = 1.75
 
 
 def test_predictive_of_equal_logits_is_a_mean_filter():
@@ -436,10 +432,11 @@ def test_predictive_of_equal_logits_is_a_mean_filter():
     nn.init.zeros_(module.filters.weight)
     nn.init.zeros_(module.filters.bias)
     x, y = torch.randn(2, 2, 4, 5, 6, **DOUBLE)
-    close(module(x, y), F.avg_pool2d(y, 3, 1, 1))                         # counts the zeros outside: divides by 9
+    close(module(x, y), F.avg_pool2d(y, 3, 1, 1))  # counts the zeros outside: divides by 9
 
 
-@pytest.mark.parametrize("sizes", [((6, 5), (6, 5)), ((6, 5), (3, 3)), ((3, 2), (3, 2)), ((2, 2), (6, 5), (3, 3)), ((1, 1),)], ids=str)
+@pytest.mark.parametrize("sizes", [((6, 5), (6, 5)), ((6, 5), (3, 3)), ((3, 2), (3, 2)),
+                                   ((2, 2), (6, 5), (3, 3)), ((1, 1),)], ids=str)
 @pytest.mark.parametrize("folded", [False, True])
 def test_conv_of_concat_is_the_convolution_of_the_concatenation(sizes, folded):
     block = randomise(ops.conv_bn_relu(4 * len(sizes), 5)).train()
@@ -447,7 +444,8 @@ def test_conv_of_concat_is_the_convolution_of_the_concatenation(sizes, folded):
         block[0].bias, block[1] = nn.Parameter(torch.randn(5)), nn.Identity()
     block, outcomes = block.double(), []
     maps = [torch.randn(2, 4, *size, **DOUBLE, requires_grad=True) for size in sizes]
-    for out in (ops.conv_of_concat(block, maps, (6, 5)), block(torch.cat([ops.resize(x, (6, 5)) for x in maps], dim=1))):
+    plain = block(torch.cat([ops.resize(x, (6, 5)) for x in maps], dim=1))
+    for out in (ops.conv_of_concat(block, maps, (6, 5)), plain):
         slope = torch.linspace(-1, 1, out.numel(), **DOUBLE).reshape(out.shape)
         outcomes.append((out, *torch.autograd.grad((out * slope).sum(), (*maps, block[0].weight))))
     for ours, plain in zip(*outcomes):
@@ -482,9 +480,10 @@ def test_invariants(make, inputs, name):
 
 @pytest.mark.parametrize("make, inputs, name", EVERY)
 def test_bfloat16_channels_last(make, inputs, name):
-    """As it is trained: autocast, channels_last, training mode; inputs of two types, as they come in a cell."""
+    """As it is trained: autocast, channels_last, training mode; inputs of both types, as in a cell."""
     module = randomise(make(16)).train().to(memory_format=torch.channels_last)
-    maps = [torch.randn(4, 16, 12, 10).to(memory_format=torch.channels_last).requires_grad_() for _ in range(inputs)]
+    maps = [torch.randn(4, 16, 12, 10).to(memory_format=torch.channels_last) for _ in range(inputs)]
+    maps = [x.requires_grad_() for x in maps]
     for types in itertools.product((torch.float32, torch.bfloat16), repeat=inputs):
         typed = [t.to(kind) for t, kind in zip(maps, types)]
         expected = module(*typed) if types == (torch.float32,) * inputs else expected
@@ -502,56 +501,19 @@ def test_zero_stops_what_is_not_finite():
     assert torch.equal(ops.OPERATIONS["zero"](2)(x), torch.zeros(1, 2, 1, 1))
 
 
-def test_multiply_adds():
-    """By hand: 3x3 convolution, 8 -> 8 channels, on 5 x 6."""
-    assert ops.multiply_adds(ops.OPERATIONS["conv3x3"](8).eval(), torch.zeros(1, 8, 5, 6)) == 9 * 8 * 8 * 5 * 6
-
-
-def test_megabytes_kept():
-    """By hand: ReLU keeps its result, a convolution what it was given (not counted); each storage counts once."""
-    x, mb = torch.randn(1, 4, 50, 50, requires_grad=True), 4 * 4 * 50 * 50 / 1e6
-    assert ops.megabytes_kept(nn.ReLU(), x) == pytest.approx(mb)
-    assert ops.megabytes_kept(nn.Conv2d(4, 4, 3, padding=1), x) == pytest.approx(mb)       # its result
-    assert ops.megabytes_kept(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Sigmoid(), nn.Conv2d(4, 4, 1)), x) \
-        == pytest.approx(2 * mb)                                          # the sigmoid's result, and the last one
-    assert ops.megabytes_kept(nn.Identity(), x) == 0
-
-
-def test_main_prints_a_row_for_every_entry(capsys, monkeypatch):
-    monkeypatch.setattr(ops, "milliseconds_in_turn", lambda calls: {name: call() or 1.5 for name, call in calls.items()})
-    ops.main()
-    lines = capsys.readouterr().out.splitlines()
-    for token, name in (*enumerate(ops.OPERATIONS), *enumerate(ops.AGGREGATIONS)):
-        numbers = next(line[24:].split() for line in lines if line[:24].split() == [str(token), name])
-        assert numbers[0] == f"{PARAMETERS[name]:,}" and numbers[2:4] == ["1.50", "1.50"] and len(numbers) == 5
-    assert [line.split()[1] for line in lines[-2:]] == ["conv3x3", "deform3x3"]
-
-
-def test_milliseconds_take_turns():
-    """A round that doesn't count, then medians of the second of two calls: what is slow at first, or once, is not seen."""
-    order, pause = [], iter((0.05, 0.05, 0.05, 0.03, 0.05, 0.001, 0.05, 0.001))
-
-    def call():
-        order.append("a")
-        time.sleep(next(pause))
-
-    ms = ops.milliseconds_in_turn({"a": call, "b": lambda: order.append("b")}, repeats=3)
-    assert order == ["a", "a", "b", "b"] * 4
-    assert 1 <= ms["a"] < 30 and ms["b"] < ms["a"]
-
-
 @pytest.mark.parametrize("size", [(45, 60), (23, 30), (12, 15)])
 @pytest.mark.parametrize("name", [*ops.OPERATIONS, *ops.AGGREGATIONS])
 def test_gradients_under_bf16_autocast(name, size):
-    """At the sizes of a CamVid frame's layers, batch 4: bf16 with channels_last, as in training, against float64.
+    """At the sizes of a CamVid frame's layers: bf16 with channels_last, as in training, against float64.
 
-    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU; see DepthwiseInFloat32."""
+    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU, see
+    DepthwiseInFloat32."""
     torch.manual_seed(0)
     count, make = (1, ops.OPERATIONS[name]) if name in ops.OPERATIONS else (2, ops.AGGREGATIONS[name])
-    module = make(64).eval()                     # eval: batch statistics would divide by small, rounded deviations
+    module = make(64).eval()  # eval: batch statistics would divide by small, rounded deviations
     inputs, there = [torch.randn(4, 64, *size).relu() for _ in range(count)], torch.randn(4, 64, *size)
     for key, bias in module.named_parameters():
-        if key in ("offset_mask.bias", "theta.bias"):                     # off the pixels, where bilinear sampling has kinks
+        if key in ("offset_mask.bias", "theta.bias"):  # off the pixels, where bilinear sampling has kinks
             bias.data += torch.empty_like(bias).uniform_(0.2, 0.3) / (1 if key[0] == "o" else 20)
 
     def gradients(module, dtype):
@@ -566,3 +528,63 @@ def test_gradients_under_bf16_autocast(name, size):
     expected = gradients(copy.deepcopy(module).double(), torch.float64)
     for got, want in zip(gradients(module, torch.float32), expected, strict=True):
         assert (got.double() - want).norm() <= 0.06 * want.norm() + 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices, compilers
+
+def test_depthwise_stays_in_float32_on_a_cpu_only():
+    """The workaround is for CPUs: elsewhere autocast decides. "meta" is a device without numbers."""
+    conv = ops.DepthwiseInFloat32(4, 4, 5, padding=2, groups=4, bias=False)
+    x = torch.randn(1, 4, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.float32 and nn.Conv2d.forward(conv, x).dtype == torch.bfloat16
+    conv, x = conv.to("meta", torch.bfloat16), x.to("meta", torch.bfloat16)
+    assert conv(x).dtype == torch.bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", None)            # not even asked for
+        conv(x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_deform_conv2d_compiles_to_one_graph(monkeypatch):
+    """A compiled graph can't ask for the number of threads; it takes the whole batch at once."""
+    case = {name: t.float() for name, t in deform_case(*GEOMETRY[1], batch=3).items()}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = ops.deform_conv2d(**case)
+    compiled = torch.compile(ops.deform_conv2d, fullgraph=True, backend="eager")
+    close(compiled(**case), expected, 1e-5)
+    arguments = case["input"], case["offset"], case["weight"]
+    traced = torch.jit.trace(lambda x, o, w: ops.deform_conv2d(x, o, w), arguments)
+    larger = {name: torch.cat((case[name], case[name])) for name in ("input", "offset")}
+    close(traced(*larger.values(), case["weight"]), ops.deform_conv2d(*larger.values(), case["weight"]), 1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+
+@pytest.mark.parametrize("x, rows, cols", [
+    ((3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 2, 2), (2, 2, 3)),
+    ((2, 3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 4), (2, 4))])
+def test_sample_bilinear_refuses(x, rows, cols):
+    with pytest.raises(ValueError):
+        ops.sample_bilinear(torch.zeros(x), torch.zeros(rows), torch.zeros(cols))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("offset", (2, 36, 2, 2)), ("offset", (2, 36, 3, 3)), ("offset", (1, 36, 2, 3)),
+    ("offset", (2, 35, 2, 3)), ("offset", (2, 0, 2, 3)), ("offset", (36, 2, 3)),
+    ("offset", (2, 48, 2, 3)),                                            # four groups of six channels
+    ("mask", (2, 36, 2, 3)), ("mask", (2, 6, 2, 3)), ("mask", (2, 18, 3, 2)), ("mask", (1, 18, 2, 3)),
+    ("mask", (18, 2, 3)), ("weight", (12, 4, 3, 2)), ("weight", (12, 12, 3, 2)), ("weight", (11, 3, 3, 2)),
+    ("weight", (12, 3, 6)), ("weight", (12, 3, 9, 9)), ("weight", (0, 3, 3, 2)),
+    ("bias", (11,)), ("bias", (12, 1)), ("bias", ()),
+    ("input", (6, 5, 4)), ("input", (2, 7, 5, 4)), ("input", (2, 0, 5, 4)), ("input", (2, 6, 1, 1)),
+    ("stride", 0), ("stride", (1, 2, 3)), ("padding", -1), ("padding", (1,)),
+    ("dilation", 0), ("dilation", (2, -1)),
+], ids=str)
+def test_deform_conv2d_refuses(name, value):
+    case = dict(deform_case(*GEOMETRY[0]), stride=(2, 1), padding=(1, 0), dilation=(2, 1))
+    case[name] = torch.zeros(value, **DOUBLE) if torch.is_tensor(case[name]) else value
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        ops.deform_conv2d(**case)

@@ -11,42 +11,51 @@ import torch
 from PIL import Image
 
 import data
-import figures
 from data import InputError
 from dyncell import INPUTS, Genotype
 from ops import AGGREGATIONS, OPERATIONS
+from util import figures
 
-FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"), ("dec_prev", "node0", "gap", "zero", "sum")])
+FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"),
+                  ("dec_prev", "node0", "gap", "zero", "sum")])
 
 
 def genotype(rng, layers):
-    return Genotype.from_tokens([rng.randrange(n) for k in range(layers) for n in (5 + k, 5 + k, 12, 12, 6)])
+    tokens = []
+    for k in range(layers):
+        tokens += [rng.randrange(n) for n in (5 + k, 5 + k, 12, 12, 6)]
+    return Genotype.from_tokens(tokens)
 
 
 def entry(k, reward, stopped=False, status="ok", cell=FIRST):
-    return {"candidate": k, "tokens": cell.to_tokens(), "genotype": json.loads(cell.to_json()), "reward": reward,
-            "half_reward": reward, "stopped": stopped, "status": status, "seconds": 1.0, "parameters": 1000}
+    return {"candidate": k, "tokens": cell.to_tokens(), "genotype": json.loads(cell.to_json()),
+            "reward": reward, "half_reward": reward, "stopped": stopped, "status": status, "seconds": 1.0}
 
 
 def write_log(path, log):
     path.write_text("".join(json.dumps(e) + "\n" for e in log))
 
 
-def history(epochs, validated=()):
-    entries = [{"epoch": e, "loss": 2 / e, "seconds": 1.0} for e in range(1, epochs + 1)]
-    return [{**e, "val_miou": 0.5} if e["epoch"] in validated else e for e in entries]
+def training(path, epochs, validated=(), **more):
+    """A training's checkpoint, as far as the figures look at it; sequences of three frames."""
+    history = []
+    for epoch in range(1, epochs + 1):
+        history.append({"epoch": epoch, "loss": 2 / epoch, "seconds": 1.0})
+        if epoch in validated:
+            history[-1]["val_miou"] = 0.5
+    torch.save({"history": history, "recipe": {"sequence_length": 3}, **more}, path)
 
 
 def example():
-    """Two frames of the synthetic videos, top rows ignored; the cell is right, the baseline says class 1 everywhere."""
+    """Two frames of the synthetic videos, top rows ignored. The cell is right, the baseline says class 1."""
     synthetic = data.Synthetic(split="test")
     images, labels = map(np.stack, zip(*(synthetic.read(clip[0]) for clip in synthetic.clips[:2])))
     labels[:, :20] = 255
     maps = {"images": images, "labels": labels, "baseline": np.ones_like(labels),
             "cell": np.where(labels == 255, 0, labels)}
-    return {**{key: torch.from_numpy(value) for key, value in maps.items()}, "names": ["000_0000", "001_0000"],
-            "classes": synthetic.classes, "palette": synthetic.palette.tolist(), "differ": [0.5, 0.25],
-            "cell_name": "cell-0"}
+    saved = {key: torch.from_numpy(value) for key, value in maps.items()}
+    return {**saved, "names": ["000_0000", "001_0000"], "classes": synthetic.classes, "differ": [0.5, 0.25],
+            "palette": synthetic.palette.tolist(), "cell_name": "cell-0"}
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +65,14 @@ def run(tmp_path_factory):
     log = [entry(k, 0.3 + 0.01 * k, stopped=k % 3 == 1, cell=genotype(rng, 3)) for k in range(12)]
     write_log(folder / "search.jsonl", log)
     write_log(folder / "random.jsonl", [entry(k, 0.3) for k in range(12)])
-    torch.save({"history": history(6, (3, 6))}, folder / "static.pt")
-    torch.save({"history": history(4)}, folder / "baseline.pt")
+    training(folder / "static.pt", 6, (3, 6))
+    training(folder / "baseline.pt", 4)
     for k in range(2):
-        for name in (f"cell-{k}-alone", f"cell-{k}"):
-            torch.save({"history": history(4), "genotype": json.dumps(log[-1 - k]["genotype"])}, folder / f"{name}.pt")
-    shutil.copy(folder / "cell-0.pt", folder / "cell-0-without-past.pt")  # the same cell: no diagram of its own
+        text = json.dumps(log[-1 - k]["genotype"])
+        training(folder / f"cell-{k}-alone.pt", 4, genotype=text)
+        training(folder / f"cell-{k}.pt", 4, genotype=text)
+    training(folder / "cell-decoder.pt", 4, genotype="decoder")           # no cell, so no diagram
+    shutil.copy(folder / "cell-0.pt", folder / "cell-0-without-past.pt")  # no diagram of its own
     torch.save(example(), folder / "examples.pt")
     return folder
 
@@ -88,17 +99,33 @@ def test_a_stage_draws_its_figures(run, stage):
 
 def test_what_is_missing_is_left_out(tmp_path):
     assert figures.draw(tmp_path) == [] and not list(tmp_path.iterdir())
-    torch.save({"model": {}, "history": history(2)}, tmp_path / "static.partial.pt")      # a training that goes on
-    torch.save({"history": history(2), "genotype": FIRST.to_json()}, tmp_path / "cell-0-alone.pt")
+    training(tmp_path / "static.pt", 2, optimizers=[])                    # a training that goes on
+    training(tmp_path / "cell-0-alone.pt", 2, genotype=FIRST.to_json())
     (tmp_path / "search.jsonl").write_text(json.dumps(entry(0, 0.3)) + '\n{"candidate": 1, "tok')
     drawn = [path.stem for path in figures.draw(tmp_path)]
-    assert drawn == ["curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune"]
+    assert drawn == ["curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune", "fig7-cell-0"]
+    assert figures.draw(tmp_path, again=False) == []
+    (tmp_path / "figures/fig3-rewards.png").unlink()
+    assert [path.stem for path in figures.draw(tmp_path, again=False)] == ["fig3-rewards"]
 
 
-def test_errors_name_the_file(tmp_path, capsys):
-    for arguments in ([], [str(tmp_path / "nowhere")], [str(tmp_path)], ["--help"]):
-        with pytest.raises(InputError):
-            figures.main(arguments)
+def test_a_random_search_alone_is_drawn(tmp_path):
+    write_log(tmp_path / "random.jsonl", [entry(k, 0.3 + 0.1 * k) for k in (2, 0, 1)])
+    assert [path.stem for path in figures.draw(tmp_path)] == ["fig3-rewards"]
+
+
+def test_the_command(run, tmp_path, capsys):
+    figures.main([str(run)])
+    assert capsys.readouterr().out.count(".png\n") == 7
+    with pytest.raises(SystemExit):
+        figures.main(["--help"])
+    assert "python -m util.figures" in capsys.readouterr().out
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=str(folder)):
+            figures.main([str(folder)])
+
+
+def test_errors_name_the_file(tmp_path):
     (tmp_path / "static.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="static.pt"):
         figures.draw(tmp_path)
@@ -116,12 +143,13 @@ def pixel(canvas, plot, x, y):
 
 def islands(mask):
     """Number of connected regions (8 neighbours)."""
-    left, count = set(zip(*map(np.ndarray.tolist, mask.nonzero()))), 0
+    left, count = {(y, x) for y, x in np.argwhere(mask).tolist()}, 0
+    around = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     while left:
         count, edge = count + 1, [left.pop()]
         while edge:
             y, x = edge.pop()
-            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            near = {(y + i, x + j) for i, j in around} & left
             left -= near
             edge += near
     return count
@@ -149,7 +177,7 @@ def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
     (plot,) = canvas.plots
     assert pixel(canvas, plot, count // 2, 0.8) == figures.BLUE
     window = max(5, count // 20)
-    mean = sum(e["reward"] for e in log[-window - 1:-1]) / window         # the last but one: a line's end is blurred
+    mean = sum(e["reward"] for e in log[-window - 1:-1]) / window     # not the last: a line's end is blurred
     assert max(pixel(canvas, plot, count - 2, mean)) < 60
     # No line before the first full window.
     left, right = int(plot.left) + 2, int(plot.x(window - 1)) - 2
@@ -157,7 +185,8 @@ def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
 
 
 def test_random_search_stands_beside():
-    log, other = [entry(k, 0.5) for k in range(3)], [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]
+    log = [entry(k, 0.5) for k in range(3)]
+    other = [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]
     canvas = figures.rewards(log, other)
     (plot,) = canvas.plots
     assert [pixel(canvas, plot, k, 0.5) for k in range(3)] == 3 * [figures.BLUE]
@@ -165,21 +194,53 @@ def test_random_search_stands_beside():
     assert pixel(canvas, plot, 2, 0.4) not in (figures.BLUE, figures.VERMILLION)
 
 
+def test_a_random_search_stands_alone():
+    canvas = figures.rewards([], [entry(0, 0.2), entry(1, 0.3)])
+    (plot,) = canvas.plots
+    assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
+
+
 def test_what_is_sampled_by_hand():
     assert figures.sampled([entry(0, 0.5)]) == ([["gap", "skip", "gap", "zero"]], [["concat", "sum"]],
                                                 [["dec_prev", "layer2", "dec_prev"]])
     canvas = figures.sampling([entry(k, 0.5) for k in range(8)])          # the same cell eight times
-    for plot, names, name, share in zip(canvas.plots, (OPERATIONS, AGGREGATIONS, INPUTS), ("gap", "concat", "dec_prev"),
-                                        (50, 50, 200 / 3)):
-        assert pixel(canvas, plot, 5, share) == figures.STYLES[list(names).index(name)][1]
+    operations, aggregations, inputs = canvas.plots
+    gap, concat = list(OPERATIONS).index("gap"), list(AGGREGATIONS).index("concat")
+    for x in (0.05, 3.02, 6.95):                          # from the first candidate on, beside the marks
+        assert pixel(canvas, operations, x, 50) == figures.STYLES[gap][1]
+        assert pixel(canvas, inputs, x, 200 / 3) == figures.SOURCES[1]    # dec_prev has its colour of Fig. 7
+    assert figures.STYLES[concat][1] in colours_of(canvas, aggregations)
     assert len(set(figures.STYLES)) >= len(OPERATIONS)
+
+
+def colours_of(canvas, plot):
+    box = [round(v) for v in (plot.left, plot.top, plot.right, plot.bottom)]
+    return {colour for _, colour in canvas.finished().crop(box).getcolors(1 << 24)}
+
+
+def test_lines_that_lie_on_each_other_are_all_seen():
+    cell = Genotype([("dec_prev", "layer2", "gap", "skip", "sum"),  # sum and concat equally often, and so on
+                     ("dec_prev", "layer2", "gap", "skip", "concat")])
+    for count in (1, 2, 60):
+        canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(count)])
+        operations, aggregations, inputs = canvas.plots
+        assert set(figures.COLOURS) <= colours_of(canvas, operations)
+        assert set(figures.COLOURS[:len(AGGREGATIONS)]) <= colours_of(canvas, aggregations)
+        assert set(figures.SOURCES) <= colours_of(canvas, inputs)
+
+
+def test_few_candidates_are_called_few():
+    def title_width(count):
+        pixels = np.array(figures.sampling([entry(k, 0.5) for k in range(count)]).finished())
+        return np.flatnonzero((pixels[10:42] < 128).any(axis=(0, 2))).max()
+    assert title_width(49) > title_width(50) + 200
 
 
 def test_a_new_operation_is_drawn_too(monkeypatch):
     monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
     cell = Genotype([("dec_prev", "layer2", "my_op", "skip", "sum")])
     canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(8)])
-    assert pixel(canvas, canvas.plots[0], 5, 50) == figures.STYLES[12 % len(figures.STYLES)][1]
+    assert figures.STYLES[12 % len(figures.STYLES)][1] in colours_of(canvas, canvas.plots[0])
 
 
 @pytest.mark.parametrize("log", [
@@ -219,8 +280,21 @@ def test_ticks_enclose_the_values():
         assert f"{step:.0e}"[0] in "125"
 
 
+def test_losses_are_per_frame(tmp_path):
+    """A history has those of a sequence: of two frames where the cell is trained alone, else of three."""
+    training(tmp_path / "baseline.pt", 1)                                 # loss 2
+    training(tmp_path / "cell-0-alone.pt", 4, genotype=FIRST.to_json())   # losses 2 / epoch
+    training(tmp_path / "cell-0.pt", 1, genotype=FIRST.to_json())
+    (name, canvas), _ = figures.draw_finetune(tmp_path)
+    alone, whole = canvas.plots
+    blue = figures.STYLES[1][1]
+    assert [pixel(canvas, alone, e, 1 / e) for e in range(1, 5)] == 4 * [blue]
+    assert pixel(canvas, whole, 1, 2 / 3) == blue                         # the baseline's point lies below it
+
+
 def test_curves_pass_through_their_points():
-    lines = {"baseline": [(e, 3.0 - 0.1 * e) for e in range(1, 11)], "cell-0": [(e, 1.0) for e in range(1, 11)]}
+    epochs = range(1, 11)
+    lines = {"baseline": [(e, 3.0 - 0.1 * e) for e in epochs], "cell-0": [(e, 1.0) for e in epochs]}
     canvas = figures.curves("title", [("loss", lines), ("empty", {"baseline": [], "cell-0": []})])
     (plot,) = canvas.plots                                # the empty panel is left out
     for (name, line), (_, colour) in zip(lines.items(), figures.STYLES):
@@ -248,8 +322,10 @@ def cells():
     rng = random.Random(1)
     chain = [(0, 0)] + [(4 + k, 4 + k) for k in range(1, 5)]
     extremes = [[(1, 1)] * 5, chain, [(k, 4 - k) for k in range(5)], [(0, 4), (5, 0), (6, 0), (7, 0), (0, 4)]]
-    return ([genotype(rng, 1 + k % 5) for k in range(50)] +
-            [Genotype([(a, b, "conv3x3_r12", "conv3x3_r12", "predictive") for a, b in places]) for places in extremes])
+    found = [genotype(rng, 1 + k % 5) for k in range(50)]
+    for places in extremes:
+        found.append(Genotype([(a, b, "conv3x3_r12", "conv3x3_r12", "predictive") for a, b in places]))
+    return found
 
 
 def test_no_text_is_crossed_whatever_the_cell():
@@ -261,7 +337,7 @@ def test_no_text_is_crossed_whatever_the_cell():
             others = np.delete(rectangles, k, axis=0)
             apart = (others[:, 2] < x0) | (others[:, 0] > x1) | (others[:, 3] < y0) | (others[:, 1] > y1)
             assert apart.all(), g
-            assert all(figures.text_width(word) < x1 - x0 for word in boxes[k][5])        # text stays in its box
+            assert all(figures.text_width(word) < x1 - x0 for word in boxes[k][5])    # text stays in its box
         for _, line, _ in edges:
             fine = np.linspace(0, 1, 6)[:, None, None]
             points = (np.array(line[:-1]) * (1 - fine) + np.array(line[1:]) * fine).reshape(-1, 1, 2)
@@ -275,8 +351,8 @@ def test_lines_join_what_the_genotype_says():
         boxes, edges = figures.cell_layout(g)
         assert [box[4] for box in boxes[:5]] == ["input" if k in g.inputs() else "unused" for k in range(5)]
         middles = [(x0 + x1) / 2 for x0, _, x1, *_ in boxes]
-        starts = {k: [(middles[k], boxes[k][3])] for k in range(5)}       # where each source's line can be picked up
-        operands = {}                                     # rounded (x, y) of an operation's top -> (node, 0 or 1)
+        starts = {k: [(middles[k], boxes[k][3])] for k in range(5)}       # where a source's line can go on
+        operands = {}                     # rounded (x, y) of an operation's top -> (node, 0 or 1)
         for x, (_, y0, _, y1, kind, words) in zip(middles, boxes):
             if kind == "agg":
                 node = 5 + int(words[1].removeprefix("node"))
@@ -284,7 +360,7 @@ def test_lines_join_what_the_genotype_says():
                 for slot, port in enumerate((x - figures.APART, x + figures.APART)):
                     operands[round(port), round(y0 - 20 - figures.OP[1])] = node, slot
         arrivals, lanes = [], []                          # lanes: where they end, one row further down
-        gutters = [edge for edge in edges if len(edge[1]) > 2]            # the others join operation and aggregation
+        gutters = [edge for edge in edges if len(edge[1]) > 2]            # not from operation to aggregation
         for source, line, arrow in sorted(gutters, key=lambda edge: edge[1][0][1]):
             assert min(math.dist(line[0], start) for start in starts[source]) < 1e-6
             if arrow:
@@ -292,7 +368,8 @@ def test_lines_join_what_the_genotype_says():
             else:
                 starts[source].append(line[-1])
                 lanes.append(line[-1])
-                assert any(other == source and math.dist(further[0], line[-1]) < 1e-6 for other, further, _ in gutters)
+                further = [points[0] for other, points, _ in gutters if other == source]
+                assert min(math.dist(start, line[-1]) for start in further) < 1e-6
         assert all(a[1] != b[1] or abs(a[0] - b[0]) > 20 for a, b in itertools.combinations(lanes, 2))
         expected = [((5 + k, slot), loc) for k, layer in enumerate(g) for slot, loc in enumerate(layer[:2])]
         assert sorted(map(str, arrivals)) == sorted(map(str, expected + [("output", k) for k in g.output()]))
@@ -314,9 +391,9 @@ def test_examples_show_the_maps():
     for row in range(2):
         for y, x in ((5, 64), (40, 10), (60, 100), (90, 64)):
             left, top = 20 + 2 * x, 50 + row * (192 + 40) + 2 * y         # 128 x 96 frames, twice as large
-            label = int(saved["labels"][row, y, x])
+            label, truth = int(saved["labels"][row, y, x]), image.getpixel((left + 264, top))
             assert image.getpixel((left, top)) == tuple(saved["images"][row, y, x].tolist())
-            assert image.getpixel((left + 264, top)) == (palette[label] if label != 255 else (0, 0, 0))
+            assert truth == palette[label] if label != 255 else min(truth) >= 160
             assert image.getpixel((left + 2 * 264, top)) == palette[1]
             assert image.getpixel((left + 3 * 264, top)) == palette[int(saved["cell"][row, y, x])]
 
@@ -328,7 +405,16 @@ def test_large_frames_shrink():
     assert figures.examples(saved).width == 4 * 320 + 3 * 8 + 40
 
 
-LABELS, PALETTE = np.array([[0, 1], [2, 255]], np.uint8), np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
+def test_what_is_ignored_looks_like_no_class():
+    """White with grey stripes: not black, which CamVid's pedestrians, (64, 64, 0), are close to."""
+    pixels = figures.shown(np.full((64, 64), 255, np.uint8), data.CamVid.palette)
+    assert {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()} == {(255, 255, 255), (160, 160, 160)}
+    labels = np.arange(11, dtype=np.uint8)[None]
+    assert (figures.shown(labels, data.CamVid.palette) == data.CamVid.palette).all()
+
+
+LABELS = np.array([[0, 1], [2, 255]], np.uint8)
+PALETTE = np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
 
 
 def test_colourise_by_hand():
@@ -353,6 +439,41 @@ def test_indexed_png_round_trip(tmp_path):
     assert image.mode == "P" and (np.array(image) == labels).all()
     assert (np.array(image.convert("RGB")) == figures.colourise(labels, PALETTE)).all()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    figures.save_indexed(str(tmp_path / "a.png"), labels.T.astype(np.int64), PALETTE)     # over it, not contiguous
+    figures.save_indexed(str(tmp_path / "a.png"), labels.T.astype(np.int64), PALETTE)     # not contiguous
     assert (np.array(Image.open(tmp_path / "a.png")) == labels.T).all()
     assert (data.read_label(tmp_path / "a.png", np.arange(256)) == labels.T).all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The contact sheet of python data.py
+
+class Videos:
+    """Clips of any length, for which pixels are (clip, frame, 0) and the label is the frame's number."""
+    classes, palette = ["zero", "one", "two"], [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+
+    def __init__(self, *lengths):
+        self.clips = []
+        for c, length in enumerate(lengths):
+            self.clips.append([data.Frame(f"clip{c}_{t:03d}.png", None) for t in range(length)])
+
+    def read(self, frame):
+        clip, time = int(frame.image[4]), int(frame.image[6:9])
+        image = np.zeros((96, 128, 3), np.uint8) + np.array([10 * clip, time, 0], np.uint8)
+        return image, np.full((96, 128), min(time, 2), np.uint8)
+
+
+def test_contact_sheet_shows_frames_over_each_clip_and_their_labels():
+    canvas = figures.contact_sheet({"train": Videos(9, 2, 1, 5), "val": Videos(3)})       # three a split
+    image = canvas.finished()
+    for row, times in enumerate(([0, 2, 4, 6, 8], [0, 1], [0], [0, 1, 2])):
+        for column in range(5):
+            x, y = 180 + 264 * column + 128, 20 + row * (2 * 192 + 24) + 96
+            at, below = image.getpixel((x, y)), image.getpixel((x, y + 192))
+            if column < len(times):
+                clip = row if row < 3 else 0
+                assert at == (10 * clip, times[column], 0)
+                assert below == Videos.palette[min(times[column], 2)]
+            else:
+                assert at == below == (255, 255, 255)
+    legend = image.crop((0, image.height - 60, image.width, image.height))
+    assert {*Videos.palette, (160, 160, 160)} <= {colour for _, colour in legend.getcolors(1 << 24)}

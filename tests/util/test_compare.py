@@ -1,0 +1,273 @@
+"""util/compare.py: which networks are trained and compared, what is added to a finished run, the table."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from whole_run import arguments_of, copy_of, small, smoke
+
+import data
+import train
+from data import InputError
+from dyncell import Genotype
+from train import recipe_for
+from util import compare, runs
+from util.compare import Network
+from util.runs import Run
+
+
+@pytest.fixture
+def run(tmp_path, small):
+    return Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
+
+
+# ---- which networks
+
+BEST = [(1, 2, 0, 0, 0), (2, 5, 0, 0, 0)]            # looks at dec_prev
+BLIND = [(2, 3, 0, 0, 0), (2, 5, 0, 0, 0)]           # not at the past
+FAILED = [(0, 2, 0, 0, 0), (2, 5, 0, 0, 0)]
+CANDIDATES = [("ok", 0.3, BLIND), ("not finite", 0.0, FAILED), ("ok", 0.4, BEST), ("ok", 0.4, BEST)]
+
+
+def write_log(run, name, candidates):
+    lines = []
+    for k, (status, reward, layers) in enumerate(candidates):
+        entry = {"candidate": k, "status": status, "reward": reward, "half_reward": None}
+        lines.append(json.dumps({**entry, "tokens": Genotype(layers).to_tokens()}))
+    run.path(name).write_text("\n".join(lines) + "\n")
+
+
+def trained(run, name, layers):
+    """As if the cell had been trained."""
+    torch.save({"genotype": Genotype(layers).to_json()}, run.path(f"{name}.pt"))
+
+
+def names(run, **changes):
+    for name, value in changes.items():
+        setattr(run.recipe, name, value)
+    return [network.name for network in compare.networks(run)]
+
+
+def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named_ones(run):
+    """Different cells; none that failed; the best one again without its past."""
+    write_log(run, "search.jsonl", CANDIDATES)
+    write_log(run, "random.jsonl", CANDIDATES[:1])
+    assert names(run, search_strategy="both", cells=3, cell=("warp", "decoder")) == [
+        "baseline", "cell-0", "cell-0-without-past", "cell-1", "random-0", "cell-warp", "cell-decoder"]
+    assert [network.name for network in compare.networks(run) if not network.past] == ["cell-0-without-past"]
+    assert names(run, search_strategy="random", cell=()) == ["baseline", "random-0"]
+    assert names(run, cells=0, cell=("concat",)) == ["baseline", "cell-concat"]
+
+
+def test_every_network_is_trained_as_often_as_there_are_seeds(run):
+    write_log(run, "search.jsonl", CANDIDATES)
+    assert names(run, cells=1, seeds=2) == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1",
+                                            "cell-0-without-past", "cell-0-without-past-seed1"]
+    assert [network.seed for network in compare.networks(run)] == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_cell_that_does_not_look_at_the_past_has_no_row_without_it(run):
+    write_log(run, "search.jsonl", CANDIDATES[:1])
+    assert names(run, cells=1) == ["baseline", "cell-0"]
+    write_log(run, "search.jsonl", CANDIDATES)
+    assert names(run, without_past=False) == ["baseline", "cell-0"]
+
+
+@pytest.mark.parametrize("file", ["cell-0", "cell-0-alone"])
+def test_a_cell_that_was_trained_keeps_its_name_when_a_better_one_is_found(run, file):
+    trained(run, file, BLIND)
+    write_log(run, "search.jsonl", CANDIDATES)
+    cells = {network.name: network.genotype for network in compare.networks(run) if network.genotype}
+    best = Genotype(BEST)
+    assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
+
+
+def test_fewer_candidates_only_use_the_first_ones(run):
+    write_log(run, "search.jsonl", CANDIDATES)
+    cells = {}
+    for count in (1, 3):
+        run.recipe.search_candidates, run.recipe.cells = count, 1
+        cells[count] = compare.networks(run)[1].genotype
+    assert cells == {1: Genotype(BLIND), 3: Genotype(BEST)}
+
+
+def test_a_search_of_which_no_candidate_came_through_is_told(run):
+    write_log(run, "search.jsonl", CANDIDATES[1:2])
+    with pytest.raises(InputError, match="search.jsonl: no candidate came through"):
+        compare.networks(run)
+
+
+def test_controls_are_what_is_no_cell_and_what_has_no_past():
+    """They have a row each, but what predict takes is a cell that was found or named."""
+    genotype = Genotype(BEST)
+    assert not Network("cell-0", "", genotype).control
+    assert Network("cell-0-without-past", "", genotype, past=False).control
+    assert Network("cell-decoder", "", compare.DECODER).control and Network("baseline", "").control
+
+
+# ---- the table
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
+    out, rows = (smoke.parent / "run.out").read_text(), results_of(smoke)["rows"]
+    log = [entry for entry in runs.read_log(smoke / "search.jsonl").values() if entry["status"] == "ok"]
+    best = Genotype.from_tokens(max(log, key=lambda entry: entry["reward"])["tokens"])
+    assert [(row["name"], row["key_frame_every"]) for row in rows] == [
+        ("static", 1), ("baseline", 1), ("cell-0", 0), ("cell-0", 3), ("cell-0-without-past", 0),
+        ("cell-0-without-past", 3), ("random-0", 0), ("random-0", 3)]
+    assert rows[2]["genotype"] == str(best)
+    for row in rows:
+        line = next(line for line in out.splitlines() if line.startswith(f"{row['title']:38}"))
+        assert 0 < row["test"]["miou"] < 1 and 0 <= row["test"]["consistency"] <= 1
+        assert row["ms_later_frame"] > 0 and row["multiply_adds"] > 0
+        assert f" {100 * row['test']['miou']:.1f} " in out and f"{row['parameters']:,}" in line
+        assert all(iou is None or 0 <= iou <= 1 for iou in row["val"]["iou"].values())
+    assert len({row["test"]["miou"] for row in rows}) > 5                 # the test sees more than one answer
+
+
+def test_the_best_is_the_cell_that_is_best_on_val_and_no_control(smoke):
+    results = results_of(smoke)
+    found = [row for row in results["rows"]
+             if row["name"] in ("cell-0", "random-0") and row["key_frame_every"] == 0]
+    assert results["best"] == max(found, key=lambda row: row["val"]["miou"])["name"]
+    assert results["reported"] == "test"
+
+
+def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, capsys):
+    folder = copy_of(smoke, tmp_path)
+    rows = results_of(smoke)["rows"]
+    (folder / "results.json").write_text(json.dumps({"rows": rows[:-1]}))
+    train.main([*arguments_of(folder), "--stage", "evaluate"])
+    assert capsys.readouterr().out.count("evaluate: random-0, key frame ") == 1
+    assert results_of(folder) == results_of(smoke)
+
+
+def test_the_share_of_differing_pixels_is_of_the_labelled_ones(run):
+    """Ignored pixels neither differ nor count: 6 of 8 labelled ones here."""
+    frames = run.frames("test")
+    frames.labels[0] = data.IGNORE
+    frames.labels[0, 0, :8] = 1
+    ours = [torch.zeros_like(label) for label in frames.labels]
+    other = [pred.clone() for pred in ours]
+    other[0][0, :6], other[0][1] = 1, 1           # six labelled pixels, and a row of ignored ones
+    answers = [[(k, pred, frames.labels[k]) for k, pred in enumerate(preds)] for preds in (ours, other)]
+    chosen = compare.differing_frames(frames, *answers, "cell-0")
+    assert chosen["differ"][0] == 6 / 8 and chosen["names"][0] == "000_0000"
+
+
+@pytest.mark.parametrize("apart, numbers", [(1, ["000_0003", "001_0003", "000_0002", "001_0002"]),
+                                            (3, ["000_0003", "001_0003", "000_0000"])])
+def test_examples_are_the_frames_that_differ_most_and_lie_apart(run, apart, numbers):
+    frames = run.frames("test")                                           # 2 clips of 4
+    frames.labels[:] = 0
+    ours = [(k, torch.zeros_like(label), label) for k, label in enumerate(frames.labels)]
+    other = [(k, pred.clone(), label) for k, pred, label in ours]
+    for k, pred, _ in other:
+        pred[:k % 4 + 1] = 1                                              # a clip's later frames differ more
+    chosen = compare.differing_frames(frames, ours, other, "cell-0", apart=apart)
+    assert chosen["names"] == numbers
+
+
+# ---- a finished run is added to
+
+def test_what_is_compared_may_change_and_what_stands_stays(smoke, small, tmp_path, capsys):
+    """More candidates, a second cell, a cell by name, another key-frame distance. A better cell is found,
+    and the first keeps its name."""
+    folder = copy_of(smoke, tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    rows = results_of(smoke)["rows"]
+    first = Genotype.from_json(runs.load(smoke / "cell-0.pt")["genotype"])
+    log = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+    worst, best = sorted(log, key=lambda entry: entry["reward"])[::3]
+    worst["reward"] = best["reward"] + 0.1        # as if the search had found it later
+    (folder / "search.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    more = ["--search-candidates", "6", "--search-strategy", "ppo", "--cells", "2", "--no-without-past",
+            "--cell", "decoder", "--key-frames", "0", "2"]
+    train.main([*arguments_of(folder), *more])
+
+    assert len(runs.read_log(folder / "search.jsonl")) == 6
+    out, results = capsys.readouterr().out, results_of(folder)
+    assert "pretrain: nothing is missing" in out and "search: done in" in out
+    new = results["rows"][len(rows):]
+    assert results["rows"][:len(rows)] == rows
+    assert sorted((row["name"], row["key_frame_every"]) for row in new) == sorted(
+        [("cell-0", 2), ("cell-1", 0), ("cell-1", 2), ("cell-decoder", 0), ("cell-decoder", 2)])
+    cells = {row["name"]: row["genotype"] for row in results["rows"]}
+    assert cells["cell-0"] == str(first) and cells["cell-1"] == str(Genotype.from_tokens(worst["tokens"]))
+    for name, content in before.items():
+        assert name in ("controller.pt", "examples.pt") or (folder / name).read_bytes() == content
+    found = [row for row in results["rows"]
+             if row["key_frame_every"] == 0 and row["name"] in ("cell-0", "cell-1", "random-0")]
+    assert results["best"] == max(found, key=lambda row: row["val"]["miou"])["name"]
+
+
+def test_named_cells_and_seeds_need_no_search(smoke, small, tmp_path, capsys):
+    """With --end-epochs 0 the static network stays as it is: what are its features worth to a cell?"""
+    folder = copy_of(smoke, tmp_path, "static.pt")
+    flags = "--cells 0 --cell attention decoder --seeds 2 --end-epochs 0 --key-frames 0"
+    train.main([*arguments_of(folder), *flags.split()])
+    out, results = capsys.readouterr().out, results_of(folder)
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["static", "baseline", "baseline-seed1", "cell-attention", "cell-attention-seed1",
+                          "cell-decoder", "cell-decoder-seed1"]
+    assert not list(folder.glob("*.jsonl")) and results["best"].startswith("cell-attention")
+    adds = {name: row["multiply_adds"] for name, row in rows.items()}
+    assert adds["cell-decoder"] == adds["static"] > adds["cell-attention"]
+    names = "static", "cell-attention", "cell-attention-alone", "cell-attention-seed1"
+    static, cell, alone, other = (runs.load(folder / f"{name}.pt") for name in names)
+    assert all(torch.equal(value, cell["static"][key]) for key, value in static["static"].items())
+    assert all(torch.equal(value, cell["cell"][key]) for key, value in alone["cell"].items())
+    assert rows["static"]["test"] == rows["baseline"]["test"] != rows["cell-attention"]["test"]
+    assert not torch.equal(cell["cell"]["classifier.bias"], other["cell"]["classifier.bias"])
+    scores = [100 * rows[name]["test"]["miou"] for name in ("cell-attention", "cell-attention-seed1")]
+    assert "mean ± deviation over seeds" in out
+    assert f"{np.mean(scores):.1f} ±{np.std(scores, ddof=1):.1f}" in out
+
+
+# ---- real layouts
+
+def imitate(dataset, root):
+    """A few small clips in the layout of a real dataset: pictures and labels from the synthetic videos."""
+    source = data.Synthetic(None, "train")
+    for split in ("train", "val", "test"):
+        for c, clip in enumerate(source.clips[:4 if split == "train" else 2]):
+            for t, frame in enumerate(clip[:4 if dataset == "camvid" else 2]):
+                image, label = source.read(frame)
+                if dataset == "camvid":
+                    name = f"clip{c}_{30 * t:06d}.png"
+                    save(root / split / name, image)
+                    save(root / f"{split}annot" / name, label)
+                else:
+                    name = f"ulm_{c:06d}_{18 + t:06d}"
+                    save(root / "leftImg8bit_sequence" / split / "ulm" / f"{name}_leftImg8bit.png", image)
+                    if t == 1:               # only the second is annotated
+                        # labelIds 7, 8, 11 and 12 are classes, 9 and 10 not
+                        save(root / "gtFine" / split / "ulm" / f"{name}_gtFine_labelIds.png", label + 7)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("dataset, length", [("camvid", 3), ("cityscapes", 2)])
+def test_every_stage_runs_on_a_real_layout(dataset, length, small, tmp_path, capsys):
+    imitate(dataset, tmp_path / "data")
+    flags = ("--schedule smoke --encoder-weights none --search-batch 2 --cell-batch 2 --static-batch 4 "
+             "--meta-val-share 0.25 --cells 1 --search-candidates 2 --no-without-past").split()
+    if dataset == "cityscapes":
+        flags += ["--input-longer-side", "96"]
+    folders = "--data", str(tmp_path / "data"), "--run", str(tmp_path / "run")
+    train.main(["--dataset", dataset, *folders, *flags])
+    results, out = results_of(tmp_path / "run"), capsys.readouterr().out
+    assert [row["name"] for row in results["rows"]] == ["static", "baseline", "cell-0"]
+    assert results["reported"] == ("test" if dataset == "camvid" else "val")
+    assert f"{results['reported']} split" in out and "the encoder starts from random weights" in out
+    assert runs.load(tmp_path / "run" / "recipe.json")["sequence_length"] == length
+    figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert {"curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune"} <= figures
+    assert {"fig5-examples", "fig7-cell-0"} <= figures

@@ -1,0 +1,112 @@
+"""What a module costs, by hand; and that the tables of ops.py, dyncell.py and controller.py come out."""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dyncell
+import ops
+from data import InputError
+from util import costs
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_multiply_adds():
+    """3x3 convolution, 8 -> 8 channels, on 5 x 6."""
+    conv = ops.OPERATIONS["conv3x3"](8).eval()
+    assert costs.multiply_adds(conv, torch.zeros(1, 8, 5, 6)) == 9 * 8 * 8 * 5 * 6
+    assert costs.parameters(conv) == 9 * 8 * 8 + 2 * 8
+
+
+def test_megabytes_kept():
+    """A ReLU keeps its result, a convolution what it was given (not counted); each storage counts once."""
+    x, mb = torch.randn(1, 4, 50, 50, requires_grad=True), 4 * 4 * 50 * 50 / 1e6
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    assert costs.megabytes_kept(nn.ReLU(), x) == pytest.approx(mb)
+    assert costs.megabytes_kept(conv, x) == pytest.approx(mb)             # its result
+    two = nn.Sequential(conv, nn.Sigmoid(), nn.Conv2d(4, 4, 1))
+    assert costs.megabytes_kept(two, x) == pytest.approx(2 * mb)  # the sigmoid's result, and the last
+    assert costs.megabytes_kept(nn.Identity(), x) == 0
+
+
+def test_milliseconds_take_turns():
+    """A first round doesn't count; then the median of each second call: what is slow at first is not seen."""
+    order, pauses = [], iter((0.05, 0.05, 0.05, 0.03, 0.05, 0.001, 0.05, 0.001))
+
+    def call():
+        order.append("a")
+        time.sleep(next(pauses))
+
+    ms = costs.milliseconds_in_turn({"a": call, "b": lambda: order.append("b")}, repeats=3)
+    assert order == ["a", "a", "b", "b"] * 4
+    assert 1 <= ms["a"] < 30 and ms["b"] < ms["a"]
+    assert costs.milliseconds(time.sleep, 0.002) >= 2
+
+
+def test_a_device_is_waited_for(monkeypatch):
+    """Before and after a timed call: an accelerator works on after the call returned."""
+    order = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: order.append(str(device)))
+    costs.milliseconds_in_turn({"": lambda: order.append("call")}, repeats=1, device="cuda:1")
+    assert order == ["call", "cuda:1", "call", "cuda:1"] * 2
+    order.clear()
+    costs.milliseconds_in_turn({"": lambda: None}, repeats=1, device=torch.device("cpu"))
+    assert order == []
+
+
+@pytest.mark.parametrize("name", ["fpga", "", "meta", "cuda:99", "nothing", "cpu:x"])
+def test_unusable_devices(name):
+    with pytest.raises(InputError) as caught:
+        costs.usable_device(name)
+    assert str(caught.value).startswith(f"--device {name}: ") and "\n" not in str(caught.value)
+    assert costs.usable_device("cpu") == torch.device("cpu")
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Every call made once, and said to take 1.5 ms."""
+    def made(calls, *_, **__):
+        for call in calls.values():
+            call()
+        return {name: 1.5 for name in calls}
+
+    monkeypatch.setattr(costs, "milliseconds_in_turn", made)
+
+
+def test_tables_1_and_2(untimed, capsys):
+    ops.main([])
+    rows = {line[4:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
+    for name, make in (ops.OPERATIONS | ops.AGGREGATIONS).items():
+        count, _, forward, both, _ = rows[name]
+        assert (count, forward, both) == (f"{costs.parameters(make(64)):,}", "1.50", "1.50")
+
+
+def test_table_5(untimed, capsys, monkeypatch):
+    """On frames small enough for a test."""
+    frame_calls = costs.frame_calls
+    monkeypatch.setattr(costs, "frame_calls", lambda w, h, *rest: frame_calls(w // 8, h // 8, *rest))
+    dyncell.main(["--device", "cpu"])
+    out = capsys.readouterr().out
+    rows = {line[:24].strip(): line[24:].split() for line in out.split("2048 x 1024")[0].splitlines()}
+    for name in ("encoder alone", "arch2", "arch2, as it is", *(f"arch2 + {name}" for name in dyncell.CELLS)):
+        assert len(rows[name]) == 5 and rows[name][2:] == ["1.5", "1.00", "1.00"]
+    assert rows["arch2"][0] == "2,846,283" and "960 x 720" in out and "0.55 to 0.57" in out
+
+
+@pytest.mark.parametrize("script", ["ops.py", "dyncell.py", "controller.py"])
+def test_help_and_a_bad_device(script):
+    def run(*arguments):
+        command = [sys.executable, script, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0 and "It takes about" in " ".join(shown.stdout.split())
+    if script != "controller.py":
+        refused = run("--device", "fpga")
+        assert refused.returncode == 2 and refused.stdout == ""
+        assert refused.stderr.startswith("error: --device fpga: ") and refused.stderr.count("\n") == 1

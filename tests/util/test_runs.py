@@ -1,0 +1,820 @@
+"""A run may be stopped anywhere and ends with the numbers of one left alone; else it is refused.
+
+A training; the search's log; which recipes a folder takes; files; whole runs, killed; torchrun. `-m slow`
+runs the long forms: 50 kills in all stages, ten workers killed.
+"""
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import uuid
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from whole_run import FORKED, arguments_of, copy_of, make_small, run_forked, small, smoke, start, write_to
+
+import data
+import train
+from data import InputError
+from dyncell import Arch2, Genotype
+from train import recipe_for
+from util import compare, options, runs, weights
+from util.runs import Run, generator
+
+
+@pytest.fixture
+def run(tmp_path, small):
+    return Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
+
+
+# ---- a training: run.epochs, epoch.batches
+
+class Tiny:
+    """A tiny training: linear regression of 9 numbers, by two optimisers with a memory of their own."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.x, self.y = torch.randn(9, 4), torch.arange(9.0)[:, None]
+        self.model = torch.nn.Linear(4, 1)
+        self.optimizers = [torch.optim.Adam([self.model.weight], lr=0.1),
+                           torch.optim.SGD([self.model.bias], lr=0.01, momentum=0.9)]
+        self.steps = 0
+
+
+def train_tiny(run, stop_at=None, noise=1.0, name="tiny"):
+    """Three epochs of four batches, or up to step number `stop_at`. Returns the weights and the losses."""
+    tiny = Tiny()
+    for epoch in run.epochs(name, 3, {"cell": tiny.model}, tiny.optimizers, fact="kept"):
+        for batch, done in epoch.batches(9, 2):
+            tiny.steps += 1
+            if tiny.steps == stop_at:
+                raise KeyboardInterrupt
+            x = torch.nn.functional.dropout(tiny.x[batch], 0.2 * noise)   # by torch's own generator
+            x = x + noise * torch.randn(x.shape, generator=epoch.rng)     # and by the epoch's
+            loss = ((tiny.model(x) - tiny.y[batch]) ** 2).mean()
+            train.update(loss, tiny.optimizers, done, 0.9, run.world)
+            epoch.log(loss)
+    losses = [entry["loss"] for entry in run.checkpoint(name)["history"]]
+    return torch.cat([p.detach().flatten() for p in tiny.model.parameters()]), losses
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 8, 9, 12])
+def test_a_stopped_training_ends_with_the_same_weights(run, stop_at):
+    """Stopped in the first, second and third epoch, in its first and last step."""
+    weights, losses = train_tiny(run)
+    run.path("tiny.pt").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, stop_at)
+    again, losses_again = train_tiny(run)
+    assert torch.equal(weights, again) and losses == losses_again and len(set(losses)) == 3
+
+
+def test_a_training_that_is_not_saved_every_epoch_goes_on_from_the_last_that_was(run, monkeypatch):
+    weights, losses = train_tiny(run)
+    run.path("tiny.pt").unlink()
+    monkeypatch.setattr(runs, "SAVE_SECONDS", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, 9)
+    assert not run.path("tiny.pt").exists()
+    again, losses_again = train_tiny(run)
+    assert torch.equal(weights, again) and losses == losses_again
+
+
+def test_a_training_has_one_file_which_holds_optimisers_until_it_is_finished(run):
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(run, 6)
+    saved = torch.load(run.path("tiny.pt"), weights_only=True)
+    assert len(saved["optimizers"]) == 2 and len(saved["history"]) == 1 and saved["fact"] == "kept"
+    assert not run.finished("tiny")
+    with pytest.raises(InputError, match="tiny.pt: is not finished; the command that began it continues"):
+        run.load("tiny")
+    train_tiny(run)
+    saved = torch.load(run.path("tiny.pt"), weights_only=True)
+    assert "optimizers" not in saved and len(saved["history"]) == 3 and saved["fact"] == "kept"
+    assert run.finished("tiny")
+    assert [path.name for path in run.folder.iterdir()] == ["tiny.pt"]
+
+
+def test_a_training_of_no_epochs_is_finished_as_it_is(run):
+    model = torch.nn.Linear(4, 1)
+    assert not list(run.epochs("none", 0, {"cell": model}, []))
+    assert run.finished("none")
+
+
+def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
+    orders, shares = [], []
+    for epoch in run.epochs("b", 2, {"cell": torch.nn.Linear(1, 1)}, []):
+        order = []
+        for batch, done in epoch.batches(7, 3):
+            order += batch.tolist()
+            shares.append(done)
+            epoch.log(torch.zeros(()))
+        orders.append(order)
+    assert shares == [0, 1 / 4, 2 / 4, 3 / 4]
+    assert all(len(set(order)) == 6 for order in orders)                  # a smaller last batch is dropped
+    assert orders[0] != orders[1]
+    assert [len(batch) for batch in runs.batches(2, 8, generator(0))] == [2]          # fewer than a batch
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_a_training_and_is_not_saved(run, value):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(InputError, match=f"x.*: the loss is {value}"):
+        for epoch in run.epochs("x", 3, {"cell": model}, []):
+            for batch, _ in epoch.batches(4, 2):
+                epoch.log(model.weight.sum() * (value if epoch.index == 1 else 1))
+    assert len(torch.load(run.path("x.pt"), weights_only=True)["history"]) == 1
+
+
+def test_epochs_are_due_every_nth_time_and_at_the_end(run):
+    for every, expected in ((0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7])):
+        due = [index + 1 for index in range(7) if runs.Epoch(run, "x", index, 7).due(every)]
+        assert due == expected
+
+
+def test_what_one_stage_draws_does_not_depend_on_another():
+    first = {torch.rand(1, generator=generator(*key)).item()
+             for key in ((0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 11), (0, "a", 1, 1))}
+    assert len(first) == 6
+
+
+# ---- the search's log
+
+TOKENS = [1, 2, 0, 0, 0, 2, 5, 0, 0, 0]
+GENOTYPE = Genotype.from_tokens(TOKENS)
+
+
+def lines(*candidates, **changes):
+    entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": TOKENS, **changes}
+    return "".join(json.dumps({"candidate": k, **entry}) + "\n" for k in candidates)
+
+
+def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys):
+    path = run.path("log.jsonl")
+    path.write_text(lines(0, 1) + lines(2)[:30])
+    assert list(runs.read_log(path)) == [0, 1]
+    assert path.read_text() != lines(0, 1)                                # looking cuts nothing
+    log = run.log("log.jsonl")
+    assert path.read_text() == lines(0, 1) and "the last line is torn, cut off" in capsys.readouterr().out
+    assert [k for k in range(4) if log.misses(k)] == [2, 3]
+    with log.candidate(2, GENOTYPE) as entry:
+        entry["reward"] = 0.7
+    assert runs.read_log(path)[2]["reward"] == log[2]["reward"] == 0.7 and not log.misses(2)
+
+
+@pytest.mark.parametrize("text", [
+    "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0]), "\n"])
+def test_a_log_with_a_line_that_is_no_candidates_is_refused(run, text):
+    run.path("log.jsonl").write_text(text + lines(5))
+    with pytest.raises(InputError, match="log.jsonl: a line is no candidate's, or a candidate has two"):
+        run.log("log.jsonl")
+
+
+def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(run, capsys):
+    """Sums may round otherwise there; the rewards belong to what was trained."""
+    run.path("log.jsonl").write_text(lines(1))
+    sampled = torch.tensor([TOKENS, TOKENS, TOKENS]) + torch.tensor([[0] * 10, [0, 1] + [0] * 8, [0] * 10])
+    tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
+    assert tokens.tolist() == [TOKENS, TOKENS, TOKENS] and sampled[1].tolist() != TOKENS
+    said = capsys.readouterr().out
+    assert "log.jsonl: " in said and "candidate 1" in said and "the log's is taken" in said
+
+
+def test_a_candidate_of_another_number_of_tokens_is_refused(run):
+    run.path("log.jsonl").write_text(lines(0, tokens=TOKENS[:5]))
+    with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10: .*use another --run"):
+        run.log("log.jsonl").tokens([0], torch.tensor([TOKENS]))
+
+
+# ---- a result depends on the fields of its stage and of earlier ones, and on no other
+
+STAGES = ["ForPretrain", "ForSearch", "ForCell", "ForEndToEnd", "Recipe"]
+MADE_BY = {"static.pt": "ForPretrain", "controller.pt": "ForSearch", "search.jsonl": "ForSearch",
+           "random.jsonl": "ForSearch", "cell-0-alone.pt": "ForCell", "cell-0.pt": "ForEndToEnd",
+           "baseline.pt": "ForEndToEnd", "results.json": None}
+LOGS = "search.jsonl", "random.jsonl"
+
+
+def stage_of(field):
+    """The first class, in the order of the stages, that has this field."""
+    for stage in STAGES:
+        if field in {f.name for f in dataclasses.fields(getattr(train, stage))}:
+            return stage
+
+
+def changed(recipe, name):
+    value = getattr(recipe, name)
+    others = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.01,
+              str: lambda: value + "x", tuple: lambda: (*value, *value)}
+    return dataclasses.replace(recipe, **{name: others[type(value)]()})
+
+
+@pytest.fixture(scope="module")
+def refusals(smoke, tmp_path_factory):
+    """A function: file of the finished run, field -> what is said when the field is changed in a folder that
+    holds this file only, or None."""
+    recipe = options.as_recipe(runs.load(smoke / "recipe.json"), smoke / "recipe.json", train.Recipe)
+    folders = {}
+
+    def refusal(file, name):
+        if file not in folders:
+            folders[file] = tmp_path_factory.mktemp("one")
+            for found in (file, "recipe.json"):
+                shutil.copy(smoke / found, folders[file])
+        changed_run = Run(folders[file], recipe, device="cpu")
+        changed_run.recipe = changed(recipe, name)
+        try:
+            options.check_folder(changed_run)
+        except InputError as error:
+            return str(error)
+    return refusal
+
+
+@pytest.mark.parametrize("file, stage", MADE_BY.items())
+def test_every_field_of_a_files_own_and_earlier_stages_is_refused_and_no_other(
+        refusals, monkeypatch, file, stage):
+    monkeypatch.setattr(runs, "load", functools.cache(runs.load))
+    for field in dataclasses.fields(train.Recipe):
+        said = refusals(file, field.name)
+        depends = stage is not None and STAGES.index(stage_of(field.name)) <= STAGES.index(stage)
+        if field.name == "encoder_weights":                               # compared by content, tested below
+            continue
+        assert (said is not None) == depends, f"{file}, {field.name}: {said}"
+        if said:
+            assert file in said and f"{field.name} " in said and " there, " in said and "\n" not in said
+            assert f"--{field.name.replace('_', '-')}" in said and "use another --run" in said
+
+
+@pytest.mark.parametrize("stage, names", [
+    ("ForPretrain", "dataset seed static_epochs static_lr_encoder static_crop weight_decay"),
+    ("ForSearch", "sequence_length cell_layers meta_val_share search_epochs cell_lr controller_lr"),
+    ("ForCell", "cell_epochs cell_batch cell_mirrored cell_dropout"),
+    ("ForEndToEnd", "end_epochs end_lr_cell end_lr_static end_crop"),
+    ("Recipe", "search_candidates search_strategy cells cell seeds key_frames without_past")])
+def test_the_stages_of_fields_written_out_by_hand(stage, names):
+    assert {stage_of(name) for name in names.split()} == {stage}
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--static-epochs 7", "another recipe .*static_epochs 3 there, 7 now.*--static-epochs first"),
+    ("--cell-lr 1", "cell_lr 0.008 there, 1.0 now"),
+    ("--seed 5", "seed 0 there, 5 now"),
+    ("--seed 1 --momentum 0.1 --static-epochs 7 --static-batch 9 --poly-power 1 --cell-lr 1 --cell-layers 3",
+     "and 1 more")])
+def test_a_changed_field_of_a_finished_stage_is_refused_before_any_work(smoke, small, flags, said):
+    before = content_of(smoke)
+    with pytest.raises(InputError, match=said) as error:
+        train.main([*arguments_of(smoke), *flags.split()])
+    assert "\n" not in str(error.value) and ".pt: " in str(error.value)
+    assert content_of(smoke) == before
+
+
+def later(recipe, stage):
+    """Other values in all fields that a result of this stage must not depend on, and that let it run."""
+    values = dict(
+        search_epochs=9, cell_lr=0.5, cell_layers=3, meta_val_share=0.4, controller_lr=0.5, sequence_length=4,
+        cell_epochs=7, cell_batch=5, cell_dropout=0.7, cell_mirrored=False,
+        end_epochs=9, end_crop=(16, 16), end_lr_cell=0.7, end_lr_static=0.7,
+        cells=3, cell=("warp",), without_past=False, seeds=4, key_frames=(7,), validate_every=0)
+    own = runs.fields_of(recipe, stage)
+    return {name: value for name, value in values.items() if name not in own}
+
+
+def flags_of(fields):
+    words = []
+    for name, value in fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{name.replace('_', '-')}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+@pytest.mark.parametrize("stage, fields, kept, made", [
+    ("pretrain", "ForPretrain", [], ["static.pt"]),
+    ("search", "ForSearch", ["static.pt"], ["search.jsonl", "random.jsonl", "controller.pt"])])
+def test_a_stage_makes_the_same_whatever_later_stages_are_told(
+        smoke, small, tmp_path, stage, fields, kept, made):
+    folder = copy_of(smoke, tmp_path, "recipe.json", *kept)
+    others = later(recipe_for("synthetic", "smoke"), fields)
+    train.main([*arguments_of(folder), *flags_of(others), "--stage", stage])
+    for name in made:
+        a, b = outcome_of(smoke / name), outcome_of(folder / name)
+        if name == "static.pt":
+            for epoch in a["history"]:
+                epoch.pop("val_miou", None)                               # it was told not to look at val
+        assert same(a, b), name
+
+
+def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_path):
+    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
+    run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
+    run.recipe = options.as_recipe(runs.load(folder / "recipe.json"), "", train.Recipe)
+    other = {"static": Arch2(3).state_dict(), "recipe": dataclasses.asdict(run.recipe)}
+    torch.save(other, folder / "baseline.pt")
+    torch.save([1, 2], folder / "list.pt")
+    for name, said in (("baseline", "baseline.pt: is the checkpoint of another network"),
+                       ("controller", "controller.pt: holds no network"),
+                       ("list", "list.pt: holds no training's result"),
+                       ("cell-7", "cell-7.pt: no such file")):
+        with pytest.raises(InputError, match=said):
+            run.load(name)
+    saved = torch.load(folder / "static.pt", weights_only=True)
+    saved["recipe"]["wings"] = saved["recipe"].pop("momentum")
+    torch.save(saved, folder / "static.pt")
+    with pytest.raises(InputError, match="static.pt: made by another version.* no momentum; use another"):
+        run.load("static")
+
+
+
+
+def test_a_finished_network_of_the_version_before_is_read(smoke, small, tmp_path):
+    """It had the same fields, and did not say from which weights and data the network was made."""
+    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
+    saved = torch.load(folder / "static.pt", weights_only=True)
+    torch.save({name: saved[name] for name in ("static", "history", "recipe")}, folder / "static.pt")
+    command = options.parse(arguments_of(folder), train.Recipe, recipe_for, train.STAGES, "")
+    with options.open_run(command) as run:
+        assert run.finished("static")
+        static = run.load("static").static.state_dict()
+    assert all(torch.equal(value, static[key]) for key, value in saved["static"].items())
+
+
+def test_a_partial_checkpoint_of_the_version_before_is_refused(smoke, small, tmp_path):
+    folder = copy_of(smoke, tmp_path, "recipe.json")
+    (folder / "static.partial.pt").write_bytes(b"old")
+    with pytest.raises(InputError, match="static.partial.pt: of an earlier version.*; use another") as error:
+        train.main(arguments_of(folder))
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.json", "static.partial.pt"]
+
+
+def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
+    """Its folder had no recipe.json: it gets one, so that a single stage finds it."""
+    folder = copy_of(smoke, tmp_path, "static.pt")
+    changes = ["--cell-layers", "1", "--search-candidates", "1", "--search-strategy", "ppo"]
+    train.main([*arguments_of(folder), *changes, "--stage", "search"])
+    assert json.loads((folder / "recipe.json").read_text())["cell_layers"] == 1
+    assert len(runs.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
+
+
+# ---- what a static network was made from: files, by content
+
+@pytest.fixture
+def partial(smoke, small, tmp_path, monkeypatch):
+    """The folder of a run whose pre-training was stopped in its second epoch."""
+    folder, update, calls = copy_of(smoke, tmp_path, "recipe.json"), train.update, []
+
+    def stop_at_4(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(train, "update", stop_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*arguments_of(folder), "--stage", "pretrain"])
+    monkeypatch.setattr(train, "update", update)
+    saved = torch.load(folder / "static.pt", weights_only=True)
+    assert len(saved["history"]) == 1 and "optimizers" in saved
+    return folder
+
+
+def pretrain_from(folder, weights_file):
+    weights.digest.cache_clear()                                          # one process a command, but here
+    train.main([*arguments_of(folder), "--encoder-weights", str(weights_file), "--stage", "pretrain"])
+
+
+def test_a_training_that_goes_on_needs_no_file_of_weights(smoke, partial):
+    (partial.parent / "encoder.pth").unlink()
+    pretrain_from(partial, partial.parent / "encoder.pth")
+    assert same(outcome_of(partial / "static.pt"), outcome_of(smoke / "static.pt"))
+
+
+def test_weights_that_moved_are_the_same_and_others_are_refused(smoke, partial):
+    moved = partial.parent / "moved.pth"
+    (partial.parent / "encoder.pth").rename(moved)
+    (partial.parent / "encoder.pth").write_bytes(b"another content")
+    for _ in ("partial", "finished"):
+        for other in (partial.parent / "encoder.pth", "none"):
+            with pytest.raises(InputError, match=f"static.pt: .*another content of --encoder-w.* {other}"):
+                pretrain_from(partial, other)
+        pretrain_from(partial, moved)
+    assert same(outcome_of(partial / "static.pt"), outcome_of(smoke / "static.pt"))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"features.0.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no archive")
+    for name, said in (("other.pth", "not torchvision's mobilenet_v2"), ("broken.pth", "mobilenet_v2")):
+        with pytest.raises(InputError, match=f"{name}: .*{said}") as error:
+            weights.load_encoder(Arch2(2).encoder, tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, files, refused", [
+    ("moved", [], False), ("another split", ["val/A_000001.png"], False),
+    ("another size", ["train/A_000001.png"], True),
+    ("a frame more", ["train/A_000003.png", "trainannot/A_000003.png"], True)])
+def test_data_that_moved_are_the_same_and_others_are_refused(tmp_path, change, files, refused):
+    """A file is known by its name and size."""
+    root, folder = tmp_path / "data", tmp_path / "run"
+    for split in ("train", "trainannot", "val", "valannot"):
+        (root / split).mkdir(parents=True)
+        for t in range(3):
+            (root / split / f"A_{t:06d}.png").write_bytes(b"12345")
+    folder.mkdir()
+    recipe = recipe_for("camvid", "smoke", encoder_weights="none")
+    Run(folder, recipe, root, "cpu").save("static", {"static": Arch2(11)}, history=[])
+    if change == "moved":
+        root = root.rename(tmp_path / "elsewhere")
+    for name in files:
+        (root / name).write_bytes(b"1234567")
+    run = Run(folder, recipe, root, "cpu")
+    if not refused:
+        assert run.finished("static")
+    else:
+        with pytest.raises(InputError, match=f"static.pt: .*another content of --data.* {root}"):
+            options.check_folder(run)
+
+
+# ---- files
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    torch.save({"static": Evil()}, tmp_path / "static.pt")
+    with pytest.raises(InputError, match="static.pt: cannot be read"):
+        runs.load(tmp_path / "static.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.json"])
+def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    runs.save(path, {"a": [1, 2]})
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        runs.save(path, {"a": [3]})
+    assert runs.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"{name}: cannot be read .*; restore it or use another --run"):
+        runs.load(path)
+
+
+def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
+    with open(smoke / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process works on this run; wait for it or"):
+            train.main(arguments_of(smoke))
+    train.main([*arguments_of(smoke), "--stage", "pretrain"])             # it is free again
+
+
+# ---- whole runs
+
+def outcome_of(path):
+    """What a file holds and must not depend on how often its run was stopped: all but the measured times. The
+    recipe says where the weights lie, so it may differ."""
+    if path.suffix == ".jsonl":
+        entries = runs.read_log(path)
+        return [{**entries[k], "seconds": 0} for k in sorted(entries)]    # of two processes one may be faster
+    if path.suffix == ".png":
+        return "drawn"
+    content = runs.load(path)
+    content.pop("recipe", None)
+    for epoch in content.get("history", []):
+        epoch["seconds"] = 0
+    return content
+
+
+def outcome(folder):
+    """{file: content} of a folder."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: outcome_of(path) for name, path in files.items() if name not in ("lock", "recipe.json")}
+
+
+def same(a, b):
+    """Equality, tensors included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same(folder, smoke):
+    a, b = outcome(folder), outcome(smoke)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not same(a[name], b[name])]
+
+
+def test_a_finished_run_has_these_files_and_no_other(smoke):
+    networks = ["baseline", "cell-0", "cell-0-without-past", "random-0"]
+    alone = [f"{name}-alone" for name in networks[1:]]
+    figures = {path.name for path in (smoke / "figures").iterdir()}
+    assert {path.name for path in smoke.iterdir()} == {
+        "recipe.json", "lock", "search.jsonl", "random.jsonl", "results.json", "figures",
+        *(f"{name}.pt" for name in ["static", "controller", "examples", *networks, *alone])}
+    assert {f"fig7-{name}.png" for name in ("cell-0", "random-0")} <= figures
+    for path in smoke.glob("*.pt"):
+        assert "optimizers" not in runs.load(path)
+
+
+def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke, small, capsys):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.name != "lock"}
+
+    before = times()
+    train.main(arguments_of(smoke))
+    out = capsys.readouterr().out
+    assert out.count(": nothing is missing") == 4 and "per-frame baseline, trained as long" in out
+    assert times() == before
+
+
+def test_what_was_lost_of_a_finished_run_is_made_again(smoke, small, tmp_path):
+    """A cut log, a network and the table: neither what stands nor what is made anew differs."""
+    folder = copy_of(smoke, tmp_path)
+    text = (folder / "search.jsonl").read_text()
+    (folder / "search.jsonl").write_text("".join(text.splitlines(True)[:3]) + '{"candidate": 3, "rew')
+    for name in ("controller.pt", "cell-0-without-past.pt", "results.json", "figures/fig3-rewards.png"):
+        (folder / name).unlink()
+    train.main(arguments_of(folder))
+    assert_same(folder, smoke)
+
+
+def killed_again_and_again(smoke, tmp_path, kills, seed=0):
+    """Starts the run, kills it after a random time, and again. Returns the stages in which kills came."""
+    signals = signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+    rng, folder, stages, starts = random.Random(seed), copy_of(smoke, tmp_path / "0", "nothing"), [], 0
+    while True:
+        starts += 1
+        kill = None
+        if len(stages) < kills:
+            kill = rng.uniform(0, 2.0), rng.choice(signals)               # the whole run takes 8 s
+        ended = start(folder, kill=kill)
+        assert ended.status in (0, -9, 130, 143), ended.output[-3000:]
+        assert starts < 10 * kills
+        if ended.status:
+            finished = re.findall("^[a-z]+: (?:done in|nothing is missing)", ended.output, re.MULTILINE)
+            stages.append(list(train.STAGES)[min(len(finished), 3)])
+            continue
+        assert_same(folder, smoke)
+        if not kill:
+            return stages
+        folder = copy_of(smoke, tmp_path / str(starts), "nothing")        # done before the kill came
+
+
+def test_a_run_that_is_killed_8_times_ends_with_the_same_numbers(smoke, tmp_path):
+    assert len(killed_again_and_again(smoke, tmp_path, 8)) == 8
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_50_times_in_all_stages_ends_with_the_same_numbers(smoke, tmp_path):
+    stages = killed_again_and_again(smoke, tmp_path, 50, seed=1)
+    assert set(stages) == set(train.STAGES), stages
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(smoke, tmp_path):
+    folder = copy_of(smoke, tmp_path, "nothing")
+    for limit in (100, 100_000, 12_000_000):          # recipe.json, a checkpoint, one with optimisers
+        ended = start(folder, limit=limit)
+        assert ended.status == 2
+        assert ended.output.splitlines()[-1].startswith("error: [Errno 27] File too large")
+        assert not list(folder.glob("*.writing"))
+    shutil.copy(smoke / "static.pt", folder)
+    log = (smoke / "search.jsonl").read_bytes()
+    (folder / "search.jsonl").write_bytes(log[:-400])
+    ended = start(folder, "--stage", "search", limit=len(log) - 100)      # half a line of the log
+    assert ended.status == 2 and "error: [Errno" in ended.output
+    ended = start(folder, "--stage", "search")
+    assert ended.status == 0, ended.output
+    for name in ("search.jsonl", "random.jsonl", "controller.pt"):
+        assert same(outcome_of(folder / name), outcome_of(smoke / name))
+
+
+# ---- torchrun
+
+needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(InputError, match="--cell-batch 7: 4 processes share it.* 8 or more"):
+            Run(tmp_path, recipe_for("synthetic", "smoke", cell_batch=7), device="cpu").join()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def one_of_two(rank, port, folder, function):
+    """A process of a pair, as torchrun starts it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
+    run.join()
+    torch.save(function(run), folder / f"rank-{rank}")
+    run.wait()
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder, function):
+    """[what function(run) returns in each]"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKED.Process(target=one_of_two, args=(rank, port, folder, function)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in (0, 1)]
+
+
+def two_parameters(rank):
+    """Used, and not."""
+    torch.manual_seed(rank)
+    used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    return used, unused, (used * torch.randn(3)).sum() * (rank + 1)
+
+
+def average_two(run):
+    used, unused, loss = two_parameters(run.rank)
+    optimizer = torch.optim.SGD([used, unused], lr=1.0, weight_decay=0.1)
+    train.update(loss, [optimizer], 0.0, 1.0, run.world)
+    return used.grad.clone(), unused.grad, used.detach(), unused.detach()
+
+
+@needs_distributed
+def test_gradients_are_averaged_and_a_parameter_that_nothing_used_stays(tmp_path):
+    parts = in_two_processes(tmp_path, average_two)
+    gradients = []
+    for rank in (0, 1):
+        used, _, loss = two_parameters(rank)
+        gradients.append(torch.autograd.grad(loss, used)[0])
+    mean = (gradients[0] + gradients[1]) / 2
+    for gradient, none, used, unused in parts:
+        torch.testing.assert_close(gradient, mean)
+        assert none is None and torch.equal(unused, torch.ones(2))        # weight decay did not shrink it
+        torch.testing.assert_close(used, 1 - mean - 0.1)
+
+
+def train_without_noise(run):
+    weights, losses = train_tiny(run, noise=0.0)
+    return weights
+
+
+@needs_distributed
+def test_two_processes_share_every_batch_and_train_as_one_does(run, tmp_path):
+    """Of a model without batch norms and dropout: to rounding."""
+    (tmp_path / "two").mkdir()
+    a, b = in_two_processes(tmp_path / "two", train_without_noise)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, train_without_noise(run))
+
+
+def draw(run):
+    draws = []
+    for epoch in run.epochs("x", 2, {"cell": torch.nn.Linear(1, 1)}, []):
+        for batch, _ in epoch.batches(8, 4):
+            draws.append((batch.tolist(), torch.rand(1, generator=epoch.rng).item(), torch.rand(1).item()))
+            epoch.log(torch.zeros(()))
+    return draws, run.agree(run.rank + 7), [run.store.add(f"{k}", 1) for k in range(3)]
+
+
+@needs_distributed
+def test_each_process_has_its_share_of_a_batch_and_its_own_augmentation(tmp_path):
+    (first, seven, claims), (second, also_seven, other_claims) = in_two_processes(tmp_path, draw)
+    for epoch in (0, 2):
+        shares = [batch for step in (epoch, epoch + 1) for batch in (first[step][0], second[step][0])]
+        assert [len(share) for share in shares] == [2, 2, 2, 2] and sorted(sum(shares, [])) == list(range(8))
+    for kind in (1, 2):                                                   # the epoch's generator, torch's own
+        assert len({step[kind] for step in first + second}) == 8
+    assert seven == also_seven == 7                                       # rank 0 decides
+    for pair in zip(claims, other_claims):                                # of a candidate, one is the first
+        assert sorted(pair) == [1, 2]
+
+
+def what_is_there(run):
+    """The second process looks at an empty folder."""
+    if run.rank:
+        run.folder = run.folder / "nowhere"
+    names = [network.name for network in compare.networks(run)]
+    stages = [compare.done(run, stage) for stage in ("pretrain", "search", "finetune", "evaluate")]
+    return names, stages, run.finished("static"), run.finished("baseline")
+
+
+@needs_distributed
+def test_one_process_looks_at_the_folder_and_all_follow(run):
+    """Else one that looks later, at more files, does other work, and both wait forever."""
+    run.save("static", {"static": Arch2(run.num_classes)}, history=[])
+    run.path("search.jsonl").write_text(lines(0, 1, 2, 3))
+    first, second = in_two_processes(run.folder, what_is_there)
+    assert first == second
+    assert first[0] == ["baseline", "cell-0", "cell-0-without-past"] and first[2:] == (True, False)
+
+
+def worker(arguments, die_at):
+    """The small run's command; the second process kills itself in its step number die_at."""
+    calls, update, save = 0, train.update, compare.save
+
+    def note_and_save(path, content):
+        with open(path.parent.parent / "savers", "a") as file:
+            file.write(os.environ["RANK"])
+        save(path, content)
+
+    def update_or_die(*arguments):
+        nonlocal calls
+        calls += 1
+        if os.environ["RANK"] == "1" and calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(*arguments)
+
+    make_small(setattr)
+    train.update, compare.save = update_or_die, note_and_save
+    data.run_main(lambda: train.main(arguments))
+
+
+def launch(out, arguments, die_at):
+    """What `torchrun --standalone --nproc-per-node 2` does, without importing torch three times."""
+    write_to(out)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", max_restarts=0,
+                          rdzv_endpoint="localhost:0", run_id=str(uuid.uuid4()), start_method="fork")
+    elastic_launch(config, worker)(arguments, die_at)
+
+
+def torchrun(folder, *arguments, die_at=0):
+    return run_forked(launch, folder, [*arguments_of(folder), *arguments], die_at)
+
+
+@needs_distributed
+def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(smoke, tmp_path):
+    """On the same static network. In a round the faster process takes more."""
+    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
+    died = torchrun(folder, "--stage", "search", die_at=4)
+    assert died.status != 0 and len(runs.read_log(folder / "search.jsonl")) < 4, died.output
+    done = torchrun(folder, "--stage", "search")
+    assert done.status == 0, done.output
+    for name in ("search.jsonl", "random.jsonl", "controller.pt"):
+        assert same(outcome_of(folder / name), outcome_of(smoke / name)), name
+
+
+@needs_distributed
+def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, tmp_path):
+    """Without a search: where every process asked the disk by itself whether there is work, one would be
+    ahead of the other and both wait forever."""
+    flags = "--cells", "0", "--cell", "concat", "--key-frames", "0"
+    whole = copy_of(smoke, tmp_path / "whole", "nothing")
+    folder = copy_of(smoke, tmp_path / "died", "nothing")
+    done = torchrun(whole, *flags)
+    assert done.status == 0 and (whole / "results.json").exists(), done.output
+    died = torchrun(folder, *flags, die_at=9)                             # of the baseline's second epoch
+    assert died.status != 0 and len(runs.load(folder / "baseline.pt")["optimizers"]) == 1, died.output
+    done = torchrun(folder, *flags, "--stage", "finetune")
+    assert done.status == 0, done.output
+    for name in ("static", "baseline", "cell-concat-alone", "cell-concat"):
+        assert same(outcome_of(folder / f"{name}.pt"), outcome_of(whole / f"{name}.pt")), name
+
+
+@needs_distributed
+def test_one_process_writes_the_table(smoke, tmp_path):
+    """Two that write one file at the same time find it half written, or renamed by the other."""
+    folder = copy_of(smoke, tmp_path)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    (folder / "results.json").write_text(json.dumps({"rows": rows[:-1]}))
+    done = torchrun(folder, "--stage", "evaluate")
+    assert done.status == 0, done.output
+    assert set((tmp_path / "savers").read_text()) == {"0"}
+
+
+@pytest.mark.slow
+@needs_distributed
+def test_workers_that_are_killed_10_times_in_all_trainings_stop_the_run_and_it_goes_on(smoke, tmp_path):
+    whole = copy_of(smoke, tmp_path / "whole", "nothing")
+    folder = copy_of(smoke, tmp_path / "died", "nothing")
+    done = torchrun(whole)
+    assert done.status == 0, done.output
+    for die_at in (2, 4, 3, 2, 4, 5, 6, 7, 9, 6):
+        died = torchrun(folder, die_at=die_at)
+        assert died.status != 0 and not (folder / "results.json").exists(), died.output
+    done = torchrun(folder)
+    assert done.status == 0, done.output
+    assert_same(folder, whole)

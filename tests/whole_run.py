@@ -1,0 +1,133 @@
+"""A whole run that is small: five seconds, all stages. One is made for all tests that only look at it.
+
+    from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
+                                         to be read or copied, never written to
+    start(folder, *arguments)            train.main in a process of its own, which may be killed
+"""
+import multiprocessing
+import os
+import pathlib
+import resource
+import shutil
+import threading
+import typing
+
+import pytest
+import torch
+
+import data
+import train
+from dyncell import Arch2
+from util import compare, runs
+
+ROOT, HERE = pathlib.Path(train.__file__).parent, pathlib.Path(__file__).parent
+ARGUMENTS = ("--schedule smoke --search-strategy both --static-epochs 3 --static-batch 8 --static-crop 48 64 "
+             "--validate-every 2 --search-batch 2 --meta-val-share 0.25 --cells 1 --cell-epochs 2 "
+             "--cell-batch 4 --cell-mirrored --end-epochs 2 --end-crop 48 64 --key-frames 0 3").split()
+
+# Processes are forked off one that has imported torch but never used it: that saves the import's seconds at
+# each of many starts. (The first optimiser imports torch._dynamo.)
+os.environ["PYTHONPATH"] = f"{ROOT}:{HERE}"
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["whole_run", "torch._dynamo", "torch.distributed.run"])
+
+
+def make_small(set_attribute):
+    """set_attribute: setattr in a process of one's own, monkeypatch.setattr in a test."""
+    set_attribute(data.Synthetic, "SPLITS", {"train": (4, 4), "val": (1, 4), "test": (2, 4)})
+    set_attribute(data.Synthetic, "SIZE", (48, 64))
+    set_attribute(runs, "SAVE_SECONDS", 0)                                # a checkpoint after every epoch
+    set_attribute(compare, "milliseconds_in_turn", lambda calls, repeats: dict.fromkeys(calls, 1.0))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    make_small(monkeypatch.setattr)
+
+
+def calibrated(static, images):
+    """Real statistics in the batch norms. With the initial ones layer4 is below half precision, and every
+    network that was trained for a few steps only says the same class everywhere."""
+    for module in static.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        static.train()(images)
+    return static.eval()
+
+
+def arguments_of(folder):
+    """The flags of the small run; its encoder's weights lie beside the folder."""
+    return [*ARGUMENTS, "--encoder-weights", str(folder.parent / "encoder.pth"), "--run", str(folder)]
+
+
+def save_encoder_weights(folder):
+    torch.manual_seed(0)
+    videos = data.Synthetic(None, "train")
+    images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips[:4]])
+    static = calibrated(Arch2(6), data.normalise(images))
+    torch.save(static.encoder.state_dict(), folder.parent / "encoder.pth")
+
+
+class Ended(typing.NamedTuple):
+    status: int                              # negative: the signal that ended it
+    output: str
+
+
+def start(folder, *arguments, kill=None, limit=None):
+    """The small run's command in a process of its own.
+
+    kill: (seconds, signal) or None; limit: the largest file that may be written, in bytes, or None"""
+    return run_forked(command, folder, [*arguments_of(folder), *arguments], kill, limit)
+
+
+def run_forked(function, folder, *arguments):
+    """function(file for what it prints, *arguments) in a process of its own."""
+    out = folder.parent / f"{folder.name}.out"
+    process = FORKED.Process(target=function, args=(out, *arguments))
+    process.start()
+    process.join()
+    return Ended(process.exitcode, out.read_text())
+
+
+def write_to(out):
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def command(out, arguments, kill, limit):
+    write_to(out)
+    make_small(setattr)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    timer = threading.Timer(kill[0], os.kill, (os.getpid(), kill[1])) if kill else None
+
+    def main():
+        if timer:                            # from here on run_main's handlers are there
+            timer.start()
+        train.main(arguments)
+        if timer:
+            timer.cancel()
+    data.run_main(main)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """The finished run's folder. pytest sets up what two files import twice; it is made once."""
+    folder = tmp_path_factory.getbasetemp() / "whole" / "run"
+    if not folder.exists():
+        folder.parent.mkdir()
+        save_encoder_weights(folder)
+        ended = start(folder)
+        assert ended.status == 0, ended.output
+    return folder
+
+
+def copy_of(smoke, tmp_path, *names):
+    """A copy of the finished run, or of some of its files, and of the weights beside it."""
+    folder = tmp_path / "run"
+    tmp_path.mkdir(exist_ok=True)
+    shutil.copy(smoke.parent / "encoder.pth", tmp_path)
+    shutil.copytree(smoke, folder, ignore=lambda _, found: set(found) - set(names) if names else ())
+    return folder

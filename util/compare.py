@@ -1,0 +1,314 @@
+"""What is beyond the paper: the controls that make its table honest, cells by name, seeds, latency; and the
+table itself.
+
+A control says what a cell is worth and is never a run's best: the baseline trained as long, arch2's own
+decoder in a cell's place, the best cell with the past zeroed. """
+import collections
+import contextlib
+import pathlib
+import statistics
+import time
+import typing
+
+import torch
+
+import data
+from data import InputError
+from dyncell import CELLS, Genotype, fold_batchnorm
+from util import figures
+from util.cells import DECODER, Decoder
+from util.costs import milliseconds, milliseconds_in_turn, multiply_adds
+from util.progress import duration
+from util.runs import load, read_log, save
+
+TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
+          "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)", "cell3": "cell3 (reconstructed)"}
+# Of each search: its log, what its cells are called in files, and in the table.
+SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which networks?
+
+class Network(typing.NamedTuple):
+    """A row of the table; each seed has one."""
+    name: str
+    title: str
+    genotype: Genotype | str | None = None
+    past: bool = True
+    seed: int = 0
+
+    @property
+    def control(self):
+        return self.genotype in (None, DECODER) or not self.past
+
+
+def strategies(recipe):
+    """The searches of a run."""
+    if not recipe.cells:
+        return ()
+    return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
+
+
+def best_genotypes(run, strategy):
+    """The `cells` best different genotypes among a search's candidates."""
+    path, r = run.path(SEARCHES[strategy][0]), run.recipe
+    entries = []
+    for entry in read_log(path).values():
+        if entry["status"] == "ok" and entry["candidate"] < r.search_candidates:
+            entries.append(entry)
+    if not entries:
+        raise InputError(f"{path}: no candidate came through, so there is no cell to train; use another "
+                         "--run")
+    entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
+    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))[:r.cells]
+
+
+def numbered(run, kind, genotypes):
+    """{genotype: name}: cell-0, cell-1, ... A cell that was trained before keeps its name, whatever a
+    search that went on has found since; new ones get the next numbers."""
+    names = {}
+    while True:
+        name = f"{kind}-{len(names)}"
+        paths = [path for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")) if path.exists()]
+        if not paths:
+            break
+        names[Genotype.from_json(load(paths[0])["genotype"])] = name
+    for genotype in genotypes:
+        names.setdefault(genotype, f"{kind}-{len(names)}")
+    return names
+
+
+def networks(run):
+    """What finetune trains and evaluate scores, in the table's order. One process looks, all follow."""
+    chosen = [Network("baseline", "per-frame baseline, trained as long")]
+    if run.rank == 0:
+        for strategy in strategies(run.recipe):
+            _, kind, said = SEARCHES[strategy]
+            best = best_genotypes(run, strategy)
+            names = numbered(run, kind, best)
+            for genotype, name in names.items():
+                chosen.append(Network(name, f"{name}, {said}", genotype))
+                looks_back = set(genotype.inputs()) & {0, 1}      # layer4 or dec of the previous frame
+                if genotype == best[0] and looks_back and kind == "cell" and run.recipe.without_past:
+                    title = f"{name}, the past zeroed"
+                    chosen.append(Network(f"{name}-without-past", title, genotype, past=False))
+        for name in run.recipe.cell:
+            title = TITLES.get(name, name)
+            chosen.append(Network(f"cell-{name}", title, CELLS.get(name, DECODER)))
+    seeded = []
+    for network in run.agree(chosen):
+        seeded.append(network)
+        for seed in range(1, run.recipe.seeds):
+            seeded.append(network._replace(name=f"{network.name}-seed{seed}", seed=seed))
+    return seeded
+
+
+def logs(run):
+    """{strategy: log} of the run's searches."""
+    return {strategy: run.log(SEARCHES[strategy][0]) for strategy in strategies(run.recipe)}
+
+
+def searched(run):
+    """Whether every search has all its candidates, and the controller its last update."""
+    r, complete = run.recipe, True
+    for strategy in strategies(r):
+        entries = read_log(run.path(SEARCHES[strategy][0]))
+        complete = complete and set(range(r.search_candidates)) <= entries.keys()
+    if complete and "ppo" in strategies(r):
+        path = run.path("controller.pt")
+        complete = path.exists() and run.checkpoint("controller").get("candidates", 0) >= r.search_candidates
+    return complete
+
+
+def done(run, stage):
+    """Whether a stage has nothing left to do."""
+    if stage == "pretrain":
+        return run.finished("static")
+    if stage == "search":
+        return run.agree(run.rank == 0 and searched(run))
+    if stage == "finetune":
+        return all(run.finished(network.name) for network in networks(run))
+    return run.agree(not Table(run).missing())
+
+
+NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
+
+
+@contextlib.contextmanager
+def stage(run, name):
+    """Around a stage: says whether anything is missing, how long it took, and draws what it made."""
+    if name in NEEDS and not run.finished(NEEDS[name]):
+        raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} needs "
+                         "it; run the stages before it first")
+    start, missing = time.time(), not done(run, name)
+    if missing:
+        data.each(run.frames, run.splits)                         # a broken file shows now
+    yield missing
+    said = f"done in {duration(time.time() - start)}" if missing else "nothing is missing"
+    print(f"{name}: {said}", flush=True)
+    if run.rank == 0:
+        for path in figures.draw(run.folder, name, again=missing):
+            print(f"{name}: drew {path}")
+        if name == "evaluate":
+            print_table(load(run.path("results.json")))
+    run.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Latency
+
+@torch.no_grad()
+def latency_worth(run, cell, static, stored, entry):
+    """(time / target) ** -latency_weight of a cell, a factor of its reward: Sect. 1's outlook; [ours]. 1
+    without weight.
+
+    A measurement: with a latency in the reward a search is reproducible only in so far as the machine's
+    times are."""
+    if not run.recipe.latency_weight:
+        return 1.0
+    inputs = [stored(name, torch.tensor([0])) for name in ("layer4", "dec", "layer2", "layer3", "layer4")]
+
+    def time_of(module):                     # ms a frame of the cell alone: folded, batch 1
+        return milliseconds(fold_batchnorm(module).to(memory_format=torch.channels_last), *inputs)
+
+    entry["ms"] = time_of(cell)
+    target = run.recipe.latency_target or time_of(Decoder(static))
+    return (entry["ms"] / target) ** -run.recipe.latency_weight
+
+
+@torch.no_grad()
+def frame_costs(run, video):
+    """The encoder alone, a key frame, a later frame: batch norms folded, float32, batch 1, prediction at
+    1/8."""
+    image, _ = run.frames("val")[0]
+    image = data.normalise(image[None]).contiguous(memory_format=torch.channels_last)     # (1, 3, H, W)
+    video = fold_batchnorm(video).to(memory_format=torch.channels_last)
+    _, state = video.step(image)
+    calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
+             "ms_later_frame": lambda: video.step(image, state)}
+    ms = milliseconds_in_turn(calls, repeats=15)
+    return {**ms, "multiply_adds": multiply_adds(calls["ms_later_frame"])}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+class Table:
+    """The rows of results.json, written as they come: an evaluation that was cut goes on."""
+
+    def __init__(self, run):
+        self.run, self.path = run, run.path("results.json")
+        self.rows = load(self.path)["rows"] if self.path.exists() else []
+
+    def missing(self):
+        """[(network, key-frame distances)] of the rows that no evaluation has scored yet; none for processes
+        other than the first, which evaluates alone."""
+        made, rows = {(row["name"], row["key_frame_every"]) for row in self.rows}, []
+        for network in [Network("static", "per-frame baseline"), *networks(self.run)]:
+            distances = dict.fromkeys(self.run.recipe.key_frames) if network.genotype else [1]
+            distances = [every for every in distances if (network.name, every) not in made]
+            if distances:
+                rows.append((network, distances))
+        return rows if self.run.rank == 0 else []
+
+    def add(self, network, every, costs, scores):
+        genotype = None if network.genotype is None else str(network.genotype)
+        self.rows.append({"name": network.name, "title": network.title, "seed": network.seed,
+                          "control": network.control, "key_frame_every": every, **costs,
+                          "genotype": genotype, **without_nan(scores)})
+        save(self.path, {"rows": self.rows})
+        split = self.run.splits[-1]
+        miou = 100 * scores[split]["miou"]
+        print(f"evaluate: {network.name}, key frame {distance(every)}: {split} mIoU {miou:.1f} %", flush=True)
+
+    def finish(self, segment_clips):
+        """The best cell on val, and the frames on which it and the baseline differ most."""
+        if self.run.rank:
+            return
+        run, split = self.run, self.run.splits[-1]
+        first = run.recipe.key_frames[0]
+        cells = [row for row in self.rows if row["genotype"] and row["key_frame_every"] == first]
+        cells = [row for row in cells if not row["control"]] or cells
+        best = max(cells, key=lambda row: row["val"]["miou"])
+        baseline = segment_clips(run, run.load("baseline"), split)
+        cell = segment_clips(run, run.load(best["name"]), split, best["key_frame_every"])
+        save(run.path("examples.pt"), differing_frames(run.frames(split), baseline, cell, best["name"]))
+        save(self.path, {"rows": self.rows, "reported": split, "best": best["name"], "device": str(run.device),
+                         "threads": torch.get_num_threads(), "torch": torch.__version__})
+
+
+def without_nan(value):
+    """JSON has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if value != value else value
+
+
+def differing_frames(frames, baseline, cell, cell_name, count=4, apart=20):
+    """Rows of Figs. 5 and 6: the frames where the largest share of labelled pixels differs between the two
+    networks' answers, at least `apart` frames from each other. [ours]
+
+    baseline, cell: iterators over (frame number, label map, label), in the same order."""
+    maps, share, chosen = {}, {}, []
+    for (k, a, label), (_, b, _) in zip(baseline, cell):
+        labelled = label != data.IGNORE
+        share[k] = ((a != b) & labelled).sum().item() / max(1, labelled.sum().item())
+        maps[k] = a.cpu(), b.cpu()
+    for k in sorted(share, key=lambda k: -share[k]):
+        if len(chosen) < count and all(abs(k - other) >= apart for other in chosen):
+            chosen.append(k)
+    images, labels = frames[torch.tensor(chosen)]
+    palette = [[int(part) for part in colour] for colour in frames.dataset.palette]
+    return {"images": images.cpu(), "labels": labels.cpu(),
+            "baseline": torch.stack([maps[k][0] for k in chosen]),
+            "cell": torch.stack([maps[k][1] for k in chosen]), "cell_name": cell_name,
+            "names": [pathlib.Path(frames.list[k].image).name for k in chosen],
+            "classes": list(frames.dataset.classes), "palette": palette,
+            "differ": [share[k] for k in chosen]}
+
+
+def distance(every):
+    return {0: "first only", 1: "every"}.get(every, f"every {every}")
+
+
+def percent(rows, split, name):
+    """The mean, and where there are several seeds their deviation."""
+    values = [row[split][name] for row in rows]
+    if None in values:                                            # consistency needs three labelled frames in a row
+        return "-"
+    values = [100 * value for value in values]
+    return f"{statistics.mean(values):.1f}" + (f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_table(results):
+    """The paper's Table 5 from results.json, and the IoU of each class."""
+    split, groups = results["reported"], collections.defaultdict(list)
+    for row in results["rows"]:                                   # the seeds of a row are reported as one
+        groups[row["title"], row["key_frame_every"]].append(row)
+    seeds = "; mean ± deviation over seeds" if len(groups) < len(results["rows"]) else ""
+    print(f"\n{split} split; mIoU and consistency in %, a later frame's multiply-adds (G) and ms on "
+          f"{results['device']} ({results['threads']} threads){seeds}")
+    print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
+          f"{'ms a frame':>10} {'/ encoder':>9} {'val mIoU':>10}")
+    for (title, every), rows in groups.items():
+        of_encoder = statistics.median(row["ms_later_frame"] / row["ms_encoder"] for row in rows)
+        print(f"{title:38} {distance(every):>10} {percent(rows, split, 'miou'):>10} "
+              f"{percent(rows, split, 'consistency'):>11} {rows[0]['parameters']:11,} "
+              f"{rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:10.1f} {of_encoder:9.2f} "
+              f"{percent(rows, 'val', 'miou'):>10}")
+    classes = results["rows"][0][split]["iou"]
+    names = "".join(f" {name[:10]:>10}" for name in classes)
+    print(f"\n{'IoU of each class (the first key frame)':38}{names}")
+    first = {}                                                    # of each title, its first key-frame distance
+    for (title, _), rows in groups.items():
+        first.setdefault(title, rows)
+    for title, rows in first.items():
+        line = f"{title:38}"
+        for name in classes:
+            values = [row[split]["iou"][name] for row in rows]
+            line += f"{'-' if None in values else f'{100 * statistics.mean(values):.1f}':>11}"
+        print(line)
+    for title, rows in first.items():
+        if rows[0]["genotype"]:
+            print(f"{title}: {rows[0]['genotype']}")

@@ -1,0 +1,715 @@
+"""Figs. 3, 4, 5 and 7 of the paper and the training curves, drawn from a run's folder alone (Pillow only).
+
+    python -m util.figures RUN       draws every figure whose input is there into RUN/figures
+
+    figure                input                          what it shows
+    curve-pretrain.png    static.pt                      loss and val mIoU of the static network (Sect. 6)
+    fig3-rewards.png      search.jsonl, random.jsonl     reward of each candidate (Sect. 3.3)
+    fig4-sampling.png     search.jsonl                   what the controller samples, over the search
+    curve-finetune.png    baseline.pt, cell-K*.pt        losses on the full training split (Sect. 4.2)
+    fig7-cell-K.png       cell-K.pt                      the found cells as diagrams
+    fig5-examples.png     examples.pt                    image, ground truth, baseline, cell (Figs. 5 and 6)
+
+In the order of the file: label maps in colour, a canvas, a plot, the figures, the run folder. Colours are
+Okabe and Ito's, told apart by the colour-blind, and never alone: a shape, a dash or a word says the same.
+"""
+import argparse
+import functools
+import math
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from data import IGNORE, InputError, run_main
+from dyncell import INPUTS, Genotype, location
+from ops import AGGREGATIONS, OPERATIONS
+from util.runs import load, read_log
+
+INK, GREY, LIGHT, PALE, TINT = (0, 0, 0), (110, 110, 110), (215, 215, 215), (242, 242, 242), (214, 232, 245)
+BLUE, SKY, VERMILLION, ORANGE = (0, 114, 178), (86, 180, 233), (213, 94, 0), (230, 159, 0)
+GREEN, PURPLE = (0, 158, 115), (204, 121, 167)
+COLOURS = INK, BLUE, VERMILLION, GREEN, ORANGE, PURPLE
+STYLES = [("line", colour) for colour in COLOURS] + [("dashed", colour) for colour in COLOURS]
+MARKS = "disc", "hollow", "ring", "diamond", "cross"      # of lines that may lie on each other
+SOURCES = BLUE, VERMILLION, GREEN, ORANGE, PURPLE         # the five inputs of a cell
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Label maps in colour, for predictions too
+
+def _table(palette):
+    """(256, 3) uint8: the colour of each label value, black where there is no class."""
+    return np.concatenate([palette, np.zeros((256 - len(palette), 3))]).astype(np.uint8)
+
+
+def colourise(labels, palette):
+    """(H, W) uint8 labels -> (H, W, 3) uint8; 255 is black."""
+    return _table(palette)[np.asarray(labels)]
+
+
+def shown(labels, palette):
+    """colourise() for pictures to look at: what is ignored is white with grey stripes, like no class."""
+    labels = np.asarray(labels)
+    row, column = np.indices(labels.shape)
+    period = max(8, labels.shape[1] // 32)
+    colours, ignored = colourise(labels, palette), labels == IGNORE
+    colours[ignored] = 255
+    colours[ignored & ((row + column) % period < period / 4)] = 160
+    return colours
+
+
+def overlay(image, labels, palette, alpha=0.5):
+    """(H, W, 3) uint8: the labels' colours over the image, `alpha` of them; ignored pixels stay."""
+    image, ignored = np.asarray(image), np.asarray(labels) == IGNORE
+    colours = colourise(labels, palette)
+    colours[ignored] = image[ignored]
+    return np.array(Image.blend(Image.fromarray(image), Image.fromarray(colours), alpha))
+
+
+def save_indexed(path, labels, palette):
+    """Writes (H, W) labels as a PNG that holds the class numbers and shows the palette's colours."""
+    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
+    image.putpalette(_table(palette).tobytes())   # mode L becomes P; with all 256 entries 255 stays 255
+    save_png(path, image)
+
+
+def save_png(path, image, description="a figure"):
+    """Written beside and renamed: a picture is whole or not there. The description is stored in it."""
+    beside, text = f"{path}.writing", PngInfo()
+    text.add_text("Description", description)
+    image.save(beside, "PNG", pnginfo=text)
+    os.replace(beside, path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A canvas: lines, boxes, marks, text
+
+ZOOM = 3                                     # drawn so much larger, then shrunk: that smooths the lines
+
+
+@functools.lru_cache
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def text_width(text, size=16):
+    return font(ZOOM * size).getlength(text) / ZOOM
+
+
+def zoomed(points):
+    return [(ZOOM * x, ZOOM * y) for x, y in points]
+
+
+class Canvas:
+    """A white picture. Coordinates are pixels of the finished one, y downwards. The height may be lowered."""
+
+    def __init__(self, width, height):
+        self.width, self.height = math.ceil(width), math.ceil(height)
+        self.large = Image.new("RGB", (ZOOM * self.width, ZOOM * self.height), "white")
+        self.pen = ImageDraw.Draw(self.large)
+        self.pictures, self.plots = [], []
+
+    def finished(self):
+        image = self.large.reduce(ZOOM).crop((0, 0, self.width, math.ceil(self.height)))
+        for x, y, picture in self.pictures:
+            image.paste(picture, (x, y))
+        return image
+
+    def line(self, points, colour, width=2, dash=None):
+        """dash: pixels drawn and pixels left out."""
+        x, y = np.asarray(points, float).T                                # (N,)
+        pieces = [np.stack((x, y), axis=1)]
+        if dash:
+            length = np.append(0, np.hypot(np.diff(x), np.diff(y)).cumsum())          # up to each point
+            pieces = []
+            for start in np.arange(0, length[-1], sum(dash)):
+                at = np.linspace(start, start + dash[0], 8)
+                pieces.append(np.stack((np.interp(at, length, x), np.interp(at, length, y)), axis=1))
+        for piece in pieces:
+            self.pen.line(zoomed(piece), colour, round(ZOOM * width), joint="curve")
+
+    def box(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
+        self.pen.rounded_rectangle(zoomed([(x0, y0), (x1, y1)]), ZOOM * radius, fill, outline, 2 * ZOOM)
+
+    def text(self, x, y, text, size=16, colour=INK, anchor="lm"):
+        """anchor as in Pillow: (x, y) is the middle (m) of the left (l) edge, or of all (mm), ..."""
+        self.pen.text((ZOOM * x, ZOOM * y), text, colour, font(ZOOM * size), anchor)
+
+    def picture(self, x, y, pixels, size):
+        """(H, W, 3) uint8 at (width, height); where it is enlarged, each pixel becomes a block."""
+        self.pictures.append((x, y, Image.fromarray(pixels).resize(size, Image.Resampling.BOX)))
+
+    def mark(self, shape, colour, x, y, r=5):
+        """A dot of a plot, or a line or swatch of a legend."""
+        if shape in ("line", "dashed"):
+            self.line([(x - 12, y), (x + 12, y)], colour, 3, (6, 3) if shape == "dashed" else None)
+        elif shape == "swatch":
+            self.box(x - 9, y - 8, x + 9, y + 8, colour)
+        elif shape == "striped":             # what is ignored
+            stripes = shown(np.full((16, 18), IGNORE), [(0, 0, 0)])
+            self.pictures.append((round(x) - 9, round(y) - 8, Image.fromarray(stripes)))
+            self.box(x - 10, y - 9, x + 9, y + 8, None, LIGHT)
+        elif shape == "cross":
+            for sign in (-1, 1):
+                self.line([(x - r, y - sign * r), (x + r, y + sign * r)], colour)
+        elif shape in ("disc", "ring"):
+            corners = zoomed([(x - r, y - r), (x + r, y + r)])
+            self.pen.ellipse(corners, colour if shape == "disc" else None, colour, 2 * ZOOM)
+        else:                                # diamond or hollow; a diamond looks smaller than a disc
+            d = 1.2 * r
+            corners = [(x, y - d), (x + d, y), (x, y + d), (x - d, y)]
+            self.pen.polygon(zoomed(corners), colour if shape == "diamond" else None, colour, 2 * ZOOM)
+
+    def legend(self, x, y, width, entries):
+        """Rows of (shape, colour, text) from (x, y) downwards, on each as many as fit. The last row's y."""
+        across = 0
+        for shape, colour, text in entries:
+            if across and across + 54 + text_width(text) > width:
+                across, y = 0, y + 26
+            self.mark(shape, colour, x + across + 12, y)
+            self.text(x + across + 32, y, text)
+            across += 54 + text_width(text)
+        return y
+
+
+def class_legend(classes, palette):
+    """The entries of a legend: a swatch for each class, and what is ignored."""
+    entries = [("swatch", tuple(map(int, colour)), name) for colour, name in zip(palette, classes)]
+    return entries + [("striped", None, "ignored")]
+
+
+def spread(wanted, sizes, low=-math.inf, high=math.inf):
+    """Centres of intervals of these sizes, moved apart as little as needed (least squares): none overlap.
+
+    Isotonic regression: a position less the sizes before it must not decrease. Neighbours where it would
+    share their mean. Where all fit between low and high they stay there."""
+    order = sorted(range(len(wanted)), key=lambda k: wanted[k])
+    before = np.append(0, np.cumsum([sizes[k] for k in order]))
+    blocks = []                              # [sum, count] of positions less the sizes before
+    for k, offset in zip(order, before):
+        total, count = wanted[k] - sizes[k] / 2 - offset, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
+            before_total, before_count = blocks.pop()
+            total, count = before_total + total, before_count + count
+        blocks.append([total, count])
+    starts = []
+    for total, count in blocks:
+        starts += [total / count] * count
+    centres = [0.0] * len(wanted)
+    for k, start, offset in zip(order, starts, before):
+        centres[k] = float(max(min(start, high - before[-1]), low) + offset + sizes[k] / 2)
+    return centres
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A plot: axes with round ticks, dots, lines
+
+def round_ticks(values, at_most=6, whole=False):
+    """Ticks 1, 2 or 5 times a power of ten apart that enclose the values; 0 to 1 where there are none."""
+    values = [v for v in values if math.isfinite(v)] or [0, 1]
+    low, high = min(values), max(values)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):     # one value, or all the same
+        low, high = low - (0.05 * abs(low) or 0.5), high + (0.05 * abs(high) or 0.5)
+    power = 10.0 ** math.floor(math.log10((high - low) / at_most))
+    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
+        step = max(step, 1) if whole else step
+        first, last = math.floor(low / step), math.ceil(high / step)
+        if last - first <= at_most:
+            return [k * step for k in range(first, last + 1)]
+
+
+class Plot:
+    """Axes on a canvas in box = (left, top, right, bottom), for the values given; x counts something."""
+
+    def __init__(self, canvas, box, xs, ys, xlabel, ylabel):
+        self.canvas, (self.left, self.top, self.right, self.bottom) = canvas, box
+        canvas.plots.append(self)
+        xticks = round_ticks(xs, (self.right - self.left) // 60, whole=True)
+        yticks = round_ticks(ys)
+        margin = 0.02 * (max(xs) - min(xs)) or 0.5
+        self.xrange, self.yrange = (min(xs) - margin, max(xs) + margin), (yticks[0], yticks[-1])
+        for value in yticks:
+            canvas.line([(self.left, self.y(value)), (self.right, self.y(value))], LIGHT, 1)
+            canvas.text(self.left - 8, self.y(value), f"{value:.6g}", anchor="rm")
+        for value in xticks:
+            if self.xrange[0] <= value <= self.xrange[1]:
+                canvas.line([(self.x(value), self.bottom), (self.x(value), self.bottom + 5)], INK, 1)
+                canvas.text(self.x(value), self.bottom + 9, f"{value:.6g}", anchor="ma")
+        canvas.line([(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)], INK, 1)
+        canvas.text((self.left + self.right) / 2, self.bottom + 32, xlabel, anchor="ma")
+        canvas.text(self.left, self.top - 20, ylabel, colour=GREY)
+
+    def x(self, value):
+        low, high = self.xrange
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
+
+    def y(self, value):
+        low, high = self.yrange
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
+
+    def dots(self, points, shape, colour, r=5):
+        for x, y in points:
+            if math.isfinite(y):
+                self.canvas.mark(shape, colour, self.x(x), self.y(y), r)
+
+    def line(self, points, shape, colour, width=2):
+        """shape: line or dashed. Interrupted where a value is not finite. A lone value is a dot."""
+        pieces = [[]]
+        for x, y in points:
+            if math.isfinite(y):
+                pieces[-1].append((self.x(x), self.y(y)))
+            else:
+                pieces.append([])
+        for piece in pieces:
+            if len(piece) == 1:
+                self.canvas.mark("disc", colour, *piece[0])
+            elif piece:
+                self.canvas.line(piece, colour, width, (7, 4) if shape == "dashed" else None)
+
+
+def running_mean(values, window):
+    """Mean of the last `window` values at each one, of fewer at the start. NaNs are left out."""
+    means = []
+    for k in range(len(values)):
+        finite = [v for v in values[max(0, k + 1 - window):k + 1] if math.isfinite(v)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fig. 3: rewards. Fig. 4: what is sampled. Both from the lines of the search's log
+
+FEW = 50                                     # fewer candidates do not show what a controller has learned
+
+
+def outcome(entry):
+    """full, stopped (then its reward is the one half way) or failed."""
+    if entry["status"] != "ok" or not math.isfinite(entry["reward"]):
+        return "failed"
+    return "stopped" if entry["stopped"] else "full"
+
+
+KINDS = {"stopped": "stopped half way", "full": "trained in full", "failed": "failed, not in the mean"}
+SEARCHES = {                                 # the style of the mean, and a mark for each outcome
+    "controller": (("line", INK),
+                   {"stopped": ("ring", SKY), "full": ("disc", BLUE), "failed": ("cross", BLUE)}),
+    "random": (("dashed", VERMILLION),
+               {"stopped": ("hollow", ORANGE), "full": ("diamond", VERMILLION),
+                "failed": ("cross", VERMILLION)})}
+
+
+def rewards(log, random=()):
+    """Fig. 3: every candidate's reward, of the controller's search, the random one, or both. Stopped ones are
+    hollow, failed ones are crosses on the floor of the plot."""
+    searches = {name: entries for name, entries in (("controller", log), ("random", random)) if entries}
+    both = [*log, *random]
+    good = [e for e in both if outcome(e) != "failed"]
+    top = 84 + 26 * len(searches)
+    canvas = Canvas(1000, top + 420)
+    title = "Reward over the search" if log else "Reward over the random search"
+    finished = [e for e in log or random if outcome(e) != "failed"]
+    if finished:
+        best = max(finished, key=lambda e: e["reward"])
+        title += f": best {best['reward']:.3f}, candidate {best['candidate']}"
+    canvas.text(74, 26, title, 20)
+    what = "reward: geometric mean of mIoU, frequency-weighted IoU and mean class accuracy on meta-val"
+    if any("ms" in e for e in both):
+        what += ", weighted by the time"
+    numbers = [e["candidate"] for e in both]
+    plot = Plot(canvas, (74, top, 975, top + 350), numbers, [e["reward"] for e in good], "candidate", what)
+    for row, (name, entries) in enumerate(searches.items()):
+        draw_search_in(plot, 62 + 26 * row, name if random else "", entries, *SEARCHES[name])
+    return canvas
+
+
+def draw_search_in(plot, y, name, entries, style, marks):
+    """One search in Fig. 3: its candidates, their running mean, and its row of the legend at y."""
+    canvas, legend = plot.canvas, []
+    window = max(5, round(len(entries) / 20))
+    r = 5 if len(entries) <= 200 else 4 if len(entries) <= 500 else 3
+    for kind, words in KINDS.items():
+        chosen = [e for e in entries if outcome(e) == kind]
+        if chosen:
+            floor = plot.yrange[0]
+            points = [(e["candidate"], floor if kind == "failed" else e["reward"]) for e in chosen]
+            plot.dots(points, *marks[kind], r)
+            legend.append((*marks[kind], words))
+    if len(entries) > window:                # the mean begins with the first full window
+        values = [math.nan if outcome(e) == "failed" else e["reward"] for e in entries]
+        line = list(zip([e["candidate"] for e in entries], running_mean(values, window)))
+        plot.line(line[window - 1:], *style, 3)
+        legend.append((*style, f"mean of the last {window}"))
+    canvas.text(74, y, name)
+    canvas.legend(174 if name else 74, y, 820, legend)
+
+
+def sampled(log):
+    """What each candidate is made of: its 2L operations, its L aggregations, its locations that are inputs
+    (never none, as layer 0 samples inputs only). Three lists of lists of names."""
+    operations, aggregations, inputs = [], [], []
+    for entry in log:
+        genotype = Genotype.from_tokens(entry["tokens"])
+        locations = [k for layer in genotype for k in (layer.loc1, layer.loc2)]
+        operations.append([op for layer in genotype for op in (layer.op1, layer.op2)])
+        aggregations.append([layer.agg for layer in genotype])
+        inputs.append([location(k) for k in locations if k < len(INPUTS)])
+    return operations, aggregations, inputs
+
+
+def sampling(log):
+    """Fig. 4: shares of operations, aggregations and inputs among the last candidates."""
+    window = max(1, min(len(log) // 2, max(10, len(log) // 10)))
+    candidates = [entry["candidate"] for entry in log]
+    canvas, top = Canvas(1000, 1240), 124
+    few = f" ({len(log)} candidates: too few to mean anything)" if len(log) < FEW else ""
+    canvas.text(74, 26, "What is sampled" + few, 20)
+    note = f"share among the last {window} candidates, of fewer at the start; "
+    note += "dotted: if all were sampled equally often"
+    canvas.text(74, 58, note, colour=GREY)
+    inputs = [("line", colour) for colour in SOURCES]     # as in Fig. 7
+    panels = (("operations, %", 330, OPERATIONS, STYLES), ("aggregations, %", 240, AGGREGATIONS, STYLES),
+              ("inputs, % of the locations that are inputs", 240, INPUTS, inputs))
+    for (title, height, names, styles), parts in zip(panels, sampled(log)):
+        lines = {}
+        for name in names:
+            lines[name] = running_mean([100 * part.count(name) / len(part) for part in parts], window)
+        highest = max(max(line) for line in lines.values())
+        plot = Plot(canvas, (74, top, 750, top + height), candidates, [0, highest], "candidate", title)
+        shares(plot, candidates, lines, styles)
+        top += height + 120
+    return canvas
+
+
+def shares(plot, candidates, lines, styles):
+    """A panel of Fig. 4. Lines may lie on each other, so each has marks of its own, at places of its own.
+
+    lines: {name: one value a candidate}. The names stand beside the lines' ends, moved apart."""
+    canvas, count = plot.canvas, len(lines)
+    equal = plot.y(100 / count)
+    canvas.line([(plot.left, equal), (plot.right, equal)], GREY, 1, (2, 4))
+    if len(candidates) == 1:                 # a level line, so that it can be seen
+        candidates = [candidates[0] - 0.4, candidates[0] + 0.4]
+        lines = {name: line * 2 for name, line in lines.items()}
+    styles = [styles[k % len(styles)] for k in range(count)]
+    for line, style in zip(lines.values(), styles):
+        plot.line(zip(candidates, line), *style, 2)
+    ends = [plot.y(line[-1]) for line in lines.values()]
+    places = spread(ends, [24] * count, plot.top - 12, plot.bottom + 12)
+    for k, (name, line) in enumerate(lines.items()):
+        shape, colour = styles[k]
+        at = np.arange(k + 0.5, 4 * count, count) / (4 * count)     # four marks, where no other line has one
+        xs = candidates[0] + at * (candidates[-1] - candidates[0])
+        plot.dots(zip(xs, np.interp(xs, candidates, line)), MARKS[k % len(MARKS)], colour, 4)
+        # A thin line leads from the line's end to its name.
+        canvas.line([(plot.x(candidates[-1]), ends[k]), (774, places[k])], colour, 0.5)
+        canvas.mark(shape, colour, 788, places[k])
+        canvas.mark(MARKS[k % len(MARKS)], colour, 788, places[k], 4)
+        canvas.text(810, places[k], f"{name}  {line[-1]:.0f} %")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training curves
+
+def curves(title, panels):
+    """Panels (what and unit, {network: [(epoch, value), ...]}) side by side, without the empty ones."""
+    names = list(panels[0][1])
+    styles = {name: STYLES[k % len(STYLES)] for k, name in enumerate(names)}
+    panels = [(ylabel, lines) for ylabel, lines in panels if any(lines.values())]
+    canvas = Canvas(500 * len(panels) + 20, 500)
+    canvas.text(74, 26, title, 20)
+    canvas.legend(74, 62, canvas.width - 74, [(*style, name) for name, style in styles.items()])
+    for k, (ylabel, lines) in enumerate(panels):
+        points = [point for line in lines.values() for point in line]
+        xs, ys = [1] + [x for x, _ in points], [y for _, y in points]
+        plot = Plot(canvas, (500 * k + 74, 132, 500 * k + 490, 430), xs, ys, "epoch", ylabel)
+        for name, line in lines.items():
+            plot.line(line, *styles[name], 2.5 if len(line) <= 500 else 1.5)
+            if len(line) <= 50:
+                plot.dots(line, "disc", styles[name][1], 3.5)
+    return canvas
+
+
+def series(epochs, key, unit=1):
+    """A history's values as points (epoch, value in that unit), where it has them."""
+    return [(entry["epoch"], entry[key] / unit) for entry in epochs if key in entry]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figs. 5 and 6: examples
+
+def examples(saved):
+    """Rows of image, ground truth, baseline, cell, from the content of examples.pt."""
+    images, *maps = (np.asarray(saved[key]) for key in ("images", "labels", "baseline", "cell"))
+    rows, height, width = maps[0].shape
+    scale = 300 // width if width <= 150 else 320 / width                 # a small frame: a whole number
+    size = round(scale * width), round(scale * height)
+    total, below = 4 * size[0] + 3 * 8, size[1] + 40
+    entries = class_legend(saved["classes"], saved["palette"])
+    canvas = Canvas(total + 40, 90 + rows * below + 26 * len(entries))
+    for k, heading in enumerate(("image", "ground truth", "baseline", saved["cell_name"])):
+        canvas.text(20 + k * (size[0] + 8) + size[0] / 2, 28, heading, 20, anchor="mm")
+    for row, (name, differ) in enumerate(zip(saved["names"], saved["differ"])):
+        y = 50 + row * below
+        caption = f"{name}: the networks differ on {100 * differ:.1f} % of the labelled pixels"
+        canvas.text(20, y + size[1] + 16, caption, colour=GREY)
+        for k, pixels in enumerate([images[row]] + [shown(m[row], saved["palette"]) for m in maps]):
+            canvas.picture(20 + k * (size[0] + 8), y, pixels, size)
+    canvas.height = canvas.legend(20, 68 + rows * below, total, entries) + 24
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The contact sheet of python data.py
+
+CONTACT_SHEET = "a contact sheet by data.py"              # is stored in the picture
+
+
+def contact_sheet(datasets, clips=3, frames=5, width=256):
+    """{split: dataset} -> a canvas: of each split some frames over its first clips, labels below, named at
+    the left; then the classes' colours."""
+    margin, rows = 180, []
+    for split, dataset in datasets.items():
+        rows += [(split, dataset, clip) for clip in dataset.clips[:clips]]
+    H, W = dataset.read(dataset.clips[0][0])[1].shape
+    height = round(width * H / W)
+    entries = class_legend(dataset.classes, dataset.palette)
+    step = 2 * height + 24
+    canvas = Canvas(margin + frames * (width + 8) + 12, step * len(rows) + 26 * len(entries) + 60)
+    y = 20
+    for split, dataset, clip in rows:
+        canvas.text(20, y + 12, split, 20)
+        for line, words in enumerate((name_of(clip[0]), f"to {name_of(clip[-1])}", f"{len(clip)} frames")):
+            canvas.text(20, y + 42 + 22 * line, words, colour=GREY)
+        chosen = sorted(set(np.linspace(0, len(clip) - 1, frames).astype(int)))
+        for column, k in enumerate(chosen):
+            image, label = dataset.read(clip[k])
+            x = margin + column * (width + 8)
+            canvas.picture(x, y, image, (width, height))
+            canvas.picture(x, y + height, shown(label, dataset.palette), (width, height))
+        y += step
+    canvas.height = canvas.legend(20, y + 10, canvas.width - 40, entries) + 24
+    return canvas
+
+
+def name_of(frame):
+    return pathlib.Path(frame.image).stem
+
+
+def check_output(path):
+    """Raises InputError unless path ends in .png and is new, or is a contact sheet already."""
+    path = pathlib.Path(path)
+    if path.suffix != ".png":
+        raise InputError(f"--output {path}: must end in .png")
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: there is no folder {path.parent}")
+    if path.exists():
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                ours = image.info.get("Description") == CONTACT_SHEET
+        except Exception:                    # Pillow raises many kinds on what is no PNG
+            ours = False
+        if not ours:
+            raise InputError(f"{path}: exists already and is no contact sheet; choose another --output")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fig. 7: a cell as a diagram
+
+OP, AGG, INPUT, OUTPUT = (116, 32), (116, 48), (124, 52), (170, 48)       # widths and heights of the boxes
+APART, GUTTER, LANE = 64, 64, 24             # an operation from its layer's middle; between rows; a line
+
+
+def cell_layout(genotype):
+    """Where everything stands: boxes (x0, y0, x1, y1, kind, lines of text), edges (source, points, arrow?).
+
+    Row 0 holds the inputs, the last row the output. A layer, two operations over their aggregation, stands
+    one row below the deepest thing it samples. What is sampled further down passes the rows between in a lane
+    of its own. Curves run in the gutters between rows only: no line can cross a box, whatever the cell."""
+    out = len(INPUTS) + len(genotype)
+    takes = {len(INPUTS) + k: (layer.loc1, layer.loc2) for k, layer in enumerate(genotype)}
+    takes[out] = tuple(genotype.output())
+    depth = dict.fromkeys(range(len(INPUTS)), 0)
+    lowest = {}                              # the row where a source is last taken
+    for node, sources in takes.items():
+        depth[node] = 1 + max(depth[s] for s in sources)
+        for s in sources:
+            lowest[s] = max(depth[node], lowest.get(s, 0))
+
+    at = {k: 136 * k for k in range(len(INPUTS))}         # x where a source leaves the row above
+    boxes, edges, y = [], [], INPUT[1]
+    for k, name in enumerate(INPUTS):
+        words = (name.removesuffix("_prev"), "previous frame" if name.endswith("_prev") else "current frame")
+        kind = "input" if k in lowest else "unused"
+        boxes.append((at[k] - INPUT[0] / 2, 0, at[k] + INPUT[0] / 2, y, kind, words))
+    for row in range(1, depth[out] + 1):
+        nodes = [node for node in takes if depth[node] == row]
+        lanes = [s for s in lowest if depth[s] < row < lowest[s]]
+        width, height = 2 * APART + OP[0], OP[1] + 20 + AGG[1]
+        if row == depth[out]:
+            width, height = max(OUTPUT[0], 26 * len(takes[out])), OUTPUT[1]
+        wanted = [sum(at[s] for s in takes[node]) / len(takes[node]) for node in nodes]
+        wanted += [at[s] for s in lanes]
+        places = spread(wanted, [width + 20] * len(nodes) + [LANE] * len(lanes))
+        top, bottom, above = y + GUTTER, y + GUTTER + height, at
+        at = dict(zip(nodes + lanes, places))
+        for node in nodes:
+            x = at[node]
+            if node == out:
+                words = "output", "concat, conv1x1"
+                boxes.append((x - width / 2, top, x + width / 2, bottom, "output", words))
+                wanted = [above[s] for s in takes[out]]
+                ports = spread(wanted, [26] * len(wanted), x - width / 2, x + width / 2)
+            else:
+                layer, ports = genotype[node - len(INPUTS)], (x - APART, x + APART)
+                words = layer.agg, location(node)
+                boxes.append((x - AGG[0] / 2, bottom - AGG[1], x + AGG[0] / 2, bottom, "agg", words))
+                for port, op in zip(ports, (layer.op1, layer.op2)):
+                    kind = "zero" if op == "zero" else "op"
+                    boxes.append((port - OP[0] / 2, top, port + OP[0] / 2, top + OP[1], kind, (op,)))
+                    edges.append((node, [(port, top + OP[1]), ((port + x) / 2, bottom - AGG[1])], False))
+            for s, port in zip(takes[node], ports):
+                edges.append((s, curve(above[s], y, port, top), True))
+        for s in lanes:
+            edges.append((s, curve(above[s], y, at[s], top) + [(at[s], bottom)], False))
+        y = bottom
+    return boxes, edges
+
+
+def curve(x0, y0, x1, y1):
+    """A Bezier curve downwards, upright at both ends."""
+    t = np.linspace(0, 1, 40)
+    return list(zip(x0 + (x1 - x0) * t * t * (3 - 2 * t), y0 + (y1 - y0) * (1.5 * t * (1 - t) + t ** 3)))
+
+
+def cell(genotype, title):
+    """Fig. 7. Lines from an input have its colour, lines from a layer are black."""
+    boxes, edges = cell_layout(genotype)
+    note = "operands of an aggregation from left to right; grey: an input that is not used, or zero"
+    xs = [box[0] for box in boxes] + [box[2] for box in boxes]
+    for _, line, _ in edges:
+        xs += [x for x, _ in line]
+    width = max(max(xs) - min(xs), text_width(note), text_width(title, 20))
+    canvas = Canvas(width + 48, max(box[3] for box in boxes) + 112)
+    canvas.text(24, 26, title, 20)
+    canvas.text(24, canvas.height - 24, note, colour=GREY)
+    dx, dy = 24 - min(xs), 58
+    for source, line, ends in edges:
+        colour = SOURCES[source] if source < len(INPUTS) else INK
+        canvas.line(np.add(line, (dx, dy)), colour, 2.5)
+        if ends:
+            x, y = np.add(line[-1], (dx, dy))
+            canvas.pen.polygon(zoomed([(x, y + 1), (x - 6, y - 10), (x + 6, y - 10)]), colour)
+    looks = {"unused": (None, LIGHT, (150, 150, 150)), "op": (PALE, INK, INK), "zero": (None, GREY, GREY),
+             "agg": (TINT, INK, INK), "output": (TINT, INK, INK)}         # fill, outline, ink
+    for k, (x0, y0, x1, y1, kind, words) in enumerate(boxes):
+        fill, outline, ink = (None, SOURCES[k], INK) if kind == "input" else looks[kind]
+        canvas.box(x0 + dx, y0 + dy, x1 + dx, y1 + dy, fill, outline, 8 if kind in ("op", "zero") else 3)
+        x, y = (x0 + x1) / 2 + dx, (y0 + y1) / 2 + dy
+        canvas.text(x, y - 9 if len(words) > 1 else y, words[0], 16, ink, "mm")
+        canvas.text(x, y + 9, "".join(words[1:]), 14, GREY if ink == INK else ink, "mm")
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run folder
+
+def content(path):
+    """A checkpoint's content, of a training that is finished or goes on; {} where there is no file."""
+    return load(path) if path.exists() else {}
+
+
+def candidates(path):
+    """The entries of a search's log, by number: several processes write them as they come."""
+    return sorted(read_log(path).values(), key=lambda entry: entry["candidate"])
+
+
+def draw_pretrain(folder):
+    epochs = content(folder / "static.pt").get("history", [])
+    if epochs:
+        panels = [("loss, with auxiliary losses", {"static network": series(epochs, "loss")}),
+                  ("mIoU on val, %", {"static network": series(epochs, "val_miou", 0.01)})]
+        yield "curve-pretrain", curves("Pre-training", panels)
+
+
+def draw_search(folder):
+    log, random = candidates(folder / "search.jsonl"), candidates(folder / "random.jsonl")
+    if log or random:
+        yield "fig3-rewards", rewards(log, random)
+    if log:
+        yield "fig4-sampling", sampling(log)
+
+
+def draw_finetune(folder):
+    names = []
+    for kind in ("baseline", "cell", "random"):
+        found = {path.stem.removesuffix("-alone") for path in folder.glob(f"{kind}*.pt")}
+        names += sorted(found, key=lambda name: (len(name), name))
+    alone, whole, genotypes = {}, {}, {}
+    for name in names:
+        first, last = content(folder / f"{name}-alone.pt"), content(folder / f"{name}.pt")
+        # A history has the loss of a sequence: of all its frames but the first, or of all.
+        alone[name] = whole[name] = []
+        if first:
+            alone[name] = series(first["history"], "loss", first["recipe"]["sequence_length"] - 1)
+        if last:
+            whole[name] = series(last["history"], "loss", last["recipe"]["sequence_length"])
+        text = last.get("genotype") or first.get("genotype")
+        if text not in (None, "decoder", *genotypes.values()):            # other seeds have the same cell
+            genotypes[name] = text
+    panels = [("loss per frame: cell alone", alone), ("loss per frame: end to end", whole)]
+    if any(alone.values()) or any(whole.values()):
+        yield "curve-finetune", curves("Training on the full training split", panels)
+    found = {}
+    for entry in candidates(folder / "random.jsonl") + candidates(folder / "search.jsonl"):
+        found[Genotype.from_tokens(entry["tokens"])] = entry["reward"]
+    for name, text in genotypes.items():
+        genotype = Genotype.from_json(text)
+        reward = f": reward {found[genotype]:.3f} in the search" if genotype in found else ""
+        yield f"fig7-{name}", cell(genotype, name + reward)
+
+
+def draw_evaluate(folder):
+    saved = content(folder / "examples.pt")
+    if saved and len(saved["names"]):
+        yield "fig5-examples", examples(saved)
+
+
+STAGES = {"pretrain": draw_pretrain, "search": draw_search, "finetune": draw_finetune,
+          "evaluate": draw_evaluate}
+
+
+def draw(folder, stage=None, again=True):
+    """Draws every figure whose input is in the run's folder, or those of one stage. Returns the paths.
+    again=False: only those that are missing. Raises InputError naming a file that can't be read."""
+    folder, written = pathlib.Path(folder), []
+    for name in [stage] if stage else STAGES:
+        for figure, canvas in STAGES[name](folder):
+            (folder / "figures").mkdir(exist_ok=True)
+            path = folder / "figures" / f"{figure}.png"
+            if again or not path.exists():
+                save_png(path, canvas.finished())
+                written.append(path)
+    return written
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m util.figures",
+        description="Draws Figs. 3, 4, 5 and 7 and the training curves of a run of train.py into "
+                    "RUN/figures, as far as their files are there. Takes seconds.")
+    parser.add_argument("run", help="the folder of a run, as runs/synthetic")
+    folder = parser.parse_args(arguments).run
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; python -m util.figures RUN draws a run of train.py")
+    written = draw(folder)
+    if not written:
+        raise InputError(f"{folder}: holds nothing that can be drawn; is it the folder of a run?")
+    for path in written:
+        print(path)
+
+
+if __name__ == "__main__":
+    run_main(main)

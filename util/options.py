@@ -1,0 +1,181 @@
+"""The command line: a flag a field of the recipe; checks of what was typed, before any work."""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import typing
+
+import torch
+import torch.distributed as dist
+
+import data
+from data import InputError
+from dyncell import CELLS
+from util import download
+from util.cells import DECODER
+from util.compare import SEARCHES
+from util.runs import Run, check_recipe, flag, load, locked, save
+
+CHOICES = {"search_strategy": ("ppo", "random", "both"), "cell": (*CELLS, DECODER)}
+MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
+               "controller_entropy", "auxiliary_weight", "poly_power", "cells", "cell_dropout",
+               "latency_weight", "latency_target", "end_epochs")
+BELOW_ONE = ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum",
+             "cell_dropout")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see python train.py --help")
+
+
+def parse(arguments, Recipe, recipe_for, stages, description):
+    """The command line -> a namespace with its flags, the run's folder, its recipe and the stages to do.
+
+    Raises InputError for what can't work, naming the flag."""
+    parser = Parser(description=description.split("Read it")[0], allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
+                        help="defaults of the recipe: the paper's (default for camvid, cityscapes), cut to a "
+                             "CPU (default for synthetic), or only to see that it runs")
+    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
+    parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
+    parser.add_argument("--stage", choices=[*stages, "predict"], help="this stage only")
+    parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
+    own = parser.add_argument_group("--stage predict")
+    own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, WebP or "
+                                     "APNG, or one image")
+    own.add_argument("--output", help="folder for label maps, overlays and the animation")
+    own.add_argument("--network", help="static, baseline, cell-0, ... (default: the cell best on val)")
+    own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
+                     help="static network on every Nth frame; 0 (default): on the first only")
+    fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
+    for field in dataclasses.fields(Recipe):
+        kind, options = type(field.default), {"default": argparse.SUPPRESS}
+        options["help"] = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
+        choices = data.DATASETS if field.name == "dataset" else CHOICES.get(field.name)
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            of, *more = typing.get_args(field.type)
+            options.update(type=of, nargs="*" if ... in more else len(field.default), choices=choices)
+        else:
+            options.update(type=kind, choices=choices)
+        fields.add_argument(flag(field.name), **options)
+    command = parser.parse_args(arguments)
+
+    given = {}
+    for field in dataclasses.fields(Recipe):
+        if hasattr(command, field.name):
+            value = getattr(command, field.name)
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    dataset = given.get("dataset", "synthetic")
+    command.run = pathlib.Path(command.run or f"runs/{dataset}")
+    command.stages = [command.stage] if command.stage else list(stages)
+    path = command.run / "recipe.json"
+    if command.stage and not command.schedule and path.exists():  # one stage takes what the folder says
+        command.recipe = dataclasses.replace(as_recipe(load(path), path, Recipe), **given)
+    else:
+        schedule = command.schedule or ("short" if dataset == "synthetic" else "paper")
+        command.recipe = recipe_for(**{"dataset": dataset, "schedule": schedule, **given})
+    check(command.recipe)
+    if command.stage == "predict":
+        if not command.input or not command.output:
+            raise InputError("--input and --output: needed for --stage predict")
+        if command.key_frame_every < 0:
+            raise InputError(f"--key-frame-every {command.key_frame_every}: must be 0 or more")
+    return command
+
+
+def as_recipe(saved, path, Recipe):
+    """A saved recipe. Raises InputError naming the fields when another version of this program wrote it."""
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(saved, dict) or saved.keys() != known:
+        names = ", ".join(sorted(known ^ set(saved)))
+        raise InputError(f"{path}: made by another version ({names}); use another --run")
+    values = {}
+    for name, value in saved.items():
+        values[name] = tuple(value) if isinstance(value, list) else value         # JSON has no tuples
+    return Recipe(**values)
+
+
+def check(recipe):
+    """Raises InputError for a value that can't work, naming the flag."""
+    for name, value in dataclasses.asdict(recipe).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (bool, str)):
+                continue
+            if not math.isfinite(number) or number < 0 or number == 0 and name not in MAY_BE_ZERO:
+                least = "0 or more" if name in MAY_BE_ZERO else "more than 0"
+                raise InputError(f"{flag(name)} {number}: must be {least}")
+        if name in BELOW_ONE and value >= 1:
+            raise InputError(f"{flag(name)} {value}: must be below 1")
+        if name in ("static_batch", "search_batch", "cell_batch") and value < 2:
+            raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an "
+                             "image")
+        if name in ("static_scale", "end_scale") and value[0] > value[1]:
+            raise InputError(f"{flag(name)} {value}: the first must not be above the second")
+    if not recipe.key_frames:
+        raise InputError("--key-frames: must have one distance or more")
+    if not recipe.cells and not recipe.cell:
+        raise InputError("--cells 0: then --cell must name a cell, or there is none to train")
+    if recipe.sequence_length < 2:
+        raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or "
+                         "more")
+
+
+def find_data(run):
+    """Fetches the data if it can be and looks at what is there, before anything is written: InputError with
+    all problems."""
+    dataset, length = data.DATASETS[run.recipe.dataset], run.recipe.sequence_length
+    if run.rank == 0:
+        download.fetch(dataset, run.root)
+    run.wait()
+    try:
+        splits = data.each(lambda split: dataset(run.root, split), run.splits)
+    except InputError:                       # the rest is looked at as well, so that all is said at once
+        data.each(run.frames, run.splits)
+        raise
+    count = len(data.sequences(splits["train"].clips, length))
+    if not count:
+        raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a "
+                         "row")
+    if count < 2 * run.world:
+        raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each process "
+                         "needs two, gap's batch norm has one value an image")
+
+
+def check_folder(run):
+    """Raises InputError when something in the run's folder was made with another recipe, naming file and
+    field."""
+    for path in sorted(run.folder.glob("*.pt")):
+        if path.name.endswith(".partial.pt"):
+            raise InputError(f"{path}: of an earlier version, which this one can't continue; use another "
+                             "--run")
+        if path.name != "examples.pt":
+            run.checkpoint(path.stem)
+    for name, _, _ in SEARCHES.values():
+        if run.path(name).exists() and run.path("recipe.json").exists():
+            check_recipe(run.path(name), load(run.path("recipe.json")), run.recipe, "ForSearch")
+
+
+@contextlib.contextmanager
+def open_run(command):
+    """The run of a command: its data is looked at, its folder checked and locked."""
+    run = Run(command.run, command.recipe, command.data or f"data/{command.recipe.dataset}", command.device)
+    run.join()
+    find_data(run)
+    check_folder(run)
+    with locked(run):
+        path, recipe = run.path("recipe.json"), json.loads(json.dumps(dataclasses.asdict(run.recipe)))
+        if run.rank == 0 and not (path.exists() and load(path) == recipe):
+            save(path, recipe)
+        threads = f"{torch.get_num_threads()} threads"
+        if run.world > 1:
+            threads += f" in each of {run.world} processes"
+        print(f"{run.folder}: {run.recipe.dataset} on {run.device}, {threads}")
+        yield run
+    if run.world > 1:
+        dist.destroy_process_group()
