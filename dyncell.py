@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import normalise, pad
-from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu,
-                 conv_of_concat, resize, to_larger)
+from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu, resize,
+                 to_larger)
 
 WIDTH = 64                         # channels of dec (Sect. 3.1) and of every node of a cell ([ours])
 TAPS = 24, 32, 96, 320             # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
@@ -389,8 +389,8 @@ class DynamicCell(nn.Module):
             pool.append(self.adapt[name](x) if name in self.adapt else x)
         for layer, op1, op2, agg in zip(self.genotype, self.op1, self.op2, self.agg):
             pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))      # (B, 64, h, w)
-        results = [pool[k] for k in self.output]
-        dec = conv_of_concat(self.out, results, layer2.shape[-2:])    # (B, 64, H/8, W/8)
+        results = [resize(pool[k], layer2.shape[-2:]) for k in self.output]
+        dec = self.out(torch.cat(results, dim=1))                     # (B, 64 n, h, w) -> (B, 64, H/8, W/8)
         return dec, self.classifier(dec)
 
 

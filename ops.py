@@ -160,30 +160,12 @@ def resize(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def conv_of_concat(block, maps, size):
-    """conv_bn_relu (1x1) of the concatenation of maps (B, C_k, h_k, w_k), each brought to `size` (h, w)
-    -> (B, Cout, h, w).
-
-    A 1x1 convolution looks at one pixel and a resize at one channel, so they commute. Where the maps
-    differ in size each goes through its part of the weight at its own size."""
-    if all(x.shape[-2:] == maps[0].shape[-2:] for x in maps):
-        maps = [torch.cat(maps, dim=1)]
-    conv, bn, relu = block
-    weights = conv.weight.split([x.shape[1] for x in maps], dim=1)  # (Cout, C_k, 1, 1) each
-    biases = [conv.bias] + [None] * len(maps)
-    parts = [resize(F.conv2d(x, weight, bias), size) for x, weight, bias in zip(maps, weights, biases)]
-    return relu(bn(sum(parts[1:], parts[0])))
-
-
-def larger(x, y):
-    """(h, w) of the larger of two maps. Both are of one image, so neither is higher but narrower."""
-    a, b = x.shape[-2:], y.shape[-2:]
-    return a if sum(a) >= sum(b) else b
-
-
 def to_larger(x, y):
-    """Both maps at the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell."""
-    size = larger(x, y)
+    """Both maps at the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell.
+
+    Both are of one image, so neither is higher but narrower."""
+    a, b = x.shape[-2:], y.shape[-2:]
+    size = a if sum(a) >= sum(b) else b
     return resize(x, size), resize(y, size)
 
 
@@ -278,8 +260,8 @@ class Concat(Aggregation):
         super().__init__()
         self.conv = conv_bn_relu(2 * channels, channels)
 
-    def forward(self, x, y):
-        return conv_of_concat(self.conv, (x, y), larger(x, y))        # (B, 2C, H, W) -> (B, C, H, W)
+    def combine(self, x, y):
+        return self.conv(torch.cat((x, y), dim=1))        # (B, 2C, H, W) -> (B, C, H, W)
 
 
 class Conv3d(Aggregation):

@@ -435,23 +435,6 @@ def test_predictive_of_equal_logits_is_a_mean_filter():
     close(module(x, y), F.avg_pool2d(y, 3, 1, 1))  # counts the zeros outside: divides by 9
 
 
-@pytest.mark.parametrize("sizes", [((6, 5), (6, 5)), ((6, 5), (3, 3)), ((3, 2), (3, 2)),
-                                   ((2, 2), (6, 5), (3, 3)), ((1, 1),)], ids=str)
-@pytest.mark.parametrize("folded", [False, True])
-def test_conv_of_concat_is_the_convolution_of_the_concatenation(sizes, folded):
-    block = randomise(ops.conv_bn_relu(4 * len(sizes), 5)).train()
-    if folded:                               # a bias, and no batch norm
-        block[0].bias, block[1] = nn.Parameter(torch.randn(5)), nn.Identity()
-    block, outcomes = block.double(), []
-    maps = [torch.randn(2, 4, *size, **DOUBLE, requires_grad=True) for size in sizes]
-    plain = block(torch.cat([ops.resize(x, (6, 5)) for x in maps], dim=1))
-    for out in (ops.conv_of_concat(block, maps, (6, 5)), plain):
-        slope = torch.linspace(-1, 1, out.numel(), **DOUBLE).reshape(out.shape)
-        outcomes.append((out, *torch.autograd.grad((out * slope).sum(), (*maps, block[0].weight))))
-    for ours, plain in zip(*outcomes):
-        close(ours, plain)
-
-
 @pytest.mark.parametrize("make, inputs, name", EVERY)
 def test_gradient(make, inputs, name):
     """In the inputs (of two resolutions) and in every parameter."""
