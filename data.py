@@ -133,11 +133,28 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
 def crop_map(scaled, out, where):
     """Slope and shift (B,) from a crop's coordinate to the image's, along one axis; both run from -1 to 1.
 
-    scaled (B,): the scaled image's size in pixels; out: the crop's; where (B,) in 0..1: the crop's place. The
-    crop lies anywhere in the scaled image or, where the image is smaller, the image anywhere in the crop.
-    The centre j + 1/2 of the crop's pixel j shows the scaled image at j + 1/2 + start."""
-    start = where * (scaled - out)
+    scaled (B,): the scaled image's size in pixels; out: the crop's; where (B,) in 0..1: the crop's place.
+    The crop lies anywhere in the scaled image or, where the image is smaller, the image anywhere in the
+    crop. The centre j + 1/2 of the crop's pixel j shows the scaled image at j + 1/2 + start. start is
+    whole: at scale 1 every pixel is one of the image, not a mean of two."""
+    start = (where * (scaled - out)).round()
     return out / scaled, (out + 2 * start) / scaled - 1
+
+
+def shrink(labels, size):
+    """(N, H, W) -> (N, *size): the label of the pixel nearest to each centre."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(torch.uint8)
+
+
+def resize_longer_side(images, labels, longer):
+    """Images (N, 3, H, W), labels (N, H, W), resized so that the longer side has `longer` pixels; 0: as
+    they are."""
+    if not longer:
+        return images, labels
+    scale = longer / max(labels.shape[-2:])
+    size = [round(scale * side) for side in labels.shape[-2:]]
+    images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+    return images, shrink(labels, size)
 
 
 def pad(images, labels, shorter):

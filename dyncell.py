@@ -157,9 +157,10 @@ def classifier(num_classes):
 class Arch2(nn.Module):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5.
 
-    auxiliary=True adds a classifier on every block's output, for training only (Sect. 3.1)."""
+    auxiliary adds a head on every block's output, for training only (Sect. 3.1): "cell", a contextual cell
+    and a classifier, as in [18]'s code, or [ours] "classifier" alone, which costs less."""
 
-    def __init__(self, num_classes, auxiliary=False):
+    def __init__(self, num_classes, auxiliary=None):
         super().__init__()
         self.num_classes = num_classes
         self.encoder = MobileNetV2()
@@ -170,7 +171,10 @@ class Arch2(nn.Module):
         self.unused = [k for k in pool[len(TAPS):] if k not in self.used]       # blocks 5 and 6
         self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(len(self.unused) * WIDTH, WIDTH))
         self.classifier = classifier(num_classes)
-        self.auxiliary = nn.ModuleList(classifier(num_classes) for _ in CONNECTIONS) if auxiliary else None
+        self.auxiliary = nn.ModuleList()
+        for _ in CONNECTIONS if auxiliary else ():
+            before = [ContextualCell()] if auxiliary == "cell" else []
+            self.auxiliary.append(nn.Sequential(*before, classifier(num_classes)))
 
     def encode(self, image):
         """(B, 3, H, W) -> (layer1, layer2, layer3, layer4)."""
@@ -199,9 +203,10 @@ class Arch2(nn.Module):
         return pred
 
     def forward_auxiliary(self, image):
-        """(B, 3, H, W) -> pred and a list of the auxiliary predictions, each at its block's resolution."""
+        """(B, 3, H, W) -> pred and a list of the auxiliary predictions, (B, num_classes, H/8, W/8) all."""
         _, pred, blocks = self.decode_blocks(self.encode(image))
-        return pred, [head(block) for head, block in zip(self.auxiliary or (), blocks)]
+        heads = zip(self.auxiliary, blocks)
+        return pred, [resize(head(block), pred.shape[-2:]) for head, block in heads]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -314,7 +314,8 @@ class Affine(Aggregation):
     """Spatial transformer [11]: a 2x3 matrix from the global mean of [x; y] resamples x, which is added
     to y.
 
-    The matrix starts as the identity. Coordinates run from -1 to 1 over the image (torch's affine_grid)."""
+    The matrix starts as the identity. Coordinates run from -1 to 1 over the image, as those of
+    F.affine_grid, which can't be exported with a height and width that change."""
 
     def __init__(self, channels):
         super().__init__()
@@ -328,7 +329,12 @@ class Affine(Aggregation):
         with torch.autocast(x.device.type, enabled=False):            # positions need float32
             means = torch.cat((x.mean((2, 3)), y.mean((2, 3))), dim=1)              # (B, 2C)
             theta = self.theta(means.to(exact)).reshape(-1, 2, 3)
-            grid = F.affine_grid(theta, x.shape, align_corners=False)               # (B, H, W, 2)
+            H, W = x.shape[-2:]
+            row = (2 * torch.arange(H, device=x.device, dtype=exact) + 1) / H - 1   # (H,)
+            col = (2 * torch.arange(W, device=x.device, dtype=exact) + 1) / W - 1   # (W,)
+            row, col = row[:, None].expand(H, W), col[None, :].expand(H, W)
+            place = torch.stack((col, row, torch.ones_like(row)), dim=-1)           # (H, W, 3)
+            grid = torch.einsum("bij,hwj->bhwi", theta, place)                      # (B, H, W, 2)
             return F.grid_sample(x.to(exact), grid, align_corners=False) + y
 
 

@@ -18,19 +18,22 @@ continues where it stopped, to the same result. Of what does that (util/runs.py)
     run.load(name)                     a trained network of the run's folder
 """
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
 
 import data
-from controller import PPO, Controller
+from controller import PPO, Controller, EarlyStop
 from data import Confusion, Consistency
 from dyncell import Arch2, Genotype, VideoSegmenter, fold_batchnorm
+from ops import resize
 from util import compare, options, predict, weights
-from util.cells import as_text, make_cell
+from util.cells import make_cell
 from util.costs import parameters
 from util.progress import Progress
-from util.runs import average_gradients, batches, check_finite, generator
+from util.runs import average_gradients, batches, check_finite, float32, generator
+from util.stored import Stored
 
 
 # ---- the recipe: every hyper-parameter, and three schedules of it ----------------------------------------
@@ -52,12 +55,15 @@ class ForPretrain:
     static_batch: int = field(32, "Sect. 6: images a batch")
     static_crop: tuple[int, int] = field((600, 600), "Sect. 6: random crop, height and width")
     static_scale: tuple[float, float] = field((0.5, 2.0), "Sect. 6: random scale, from and to")
-    static_lr_encoder: float = field(5e-2, "Sect. 6: SGD's learning rate, encoder")
-    static_lr_decoder: float = field(1e-2, "Sect. 6: SGD's learning rate, decoder")
-    momentum: float = field(0.9, "Sect. 4.2, 6: momentum of SGD")
-    weight_decay: float = field(1e-5, "[18]: weight decay of SGD")
+    static_lr_encoder: float = field(5e-2, "Sect. 6: learning rate of the encoder; SGD: [18]")
+    static_lr_decoder: float = field(1e-2, "Sect. 6: learning rate of the decoder")
+    momentum: float = field(0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD")
+    weight_decay: float = field(1e-5, "[18]: weight decay, in SGD and in Adam")
     poly_power: float = field(0.9, "Sect. 6: rate * (1 - step / steps) ** power; the power: [ours]")
     auxiliary_weight: float = field(0.3, "Sect. 6: weight of the auxiliary classifiers' losses")
+    auxiliary_cell: bool = field(True, "[18]: a contextual cell before each auxiliary classifier")
+    gradient_norm: float = field(3.0, "[18]: pre-training's gradients, clipped to this norm; 0: not")
+    loss_stride: int = field(4, "[ours]: every loss is taken at 1/4 of the image; 8: at the output's size")
 
 
 @dataclasses.dataclass
@@ -65,23 +71,25 @@ class ForSearch(ForPretrain):
     """Sect. 3.2, 3.3, 4.1: the search."""
     sequence_length: int = field(3, "Sect. 4.1: consecutive frames in a training sequence")
     input_longer_side: int = field(0, "Sect. 4.1: images are resized so; 0 leaves them (CityScapes: 1024)")
-    input_crop: int = field(600, "Sect. 4.1: and cropped to this square; at the centre: [ours]")
+    input_crop: int = field(600, "Sect. 4.1: and cropped to this square, each sequence at a random place")
     input_pad: int = field(400, "Sect. 4.1: shorter side mean-padded to this: 480x360 -> 480x400; 0: no")
     cell_layers: int = field(5, "Sect. 3.2: layers of a cell, L")
     meta_val_share: float = field(0.1, "Sect. 4.1: share of the sequences that score the candidates")
     search_epochs: int = field(20, "Sect. 4.1: epochs a candidate")
     search_batch: int = field(48, "Sect. 4.1: sequences a batch")
     cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's rate, static network frozen (CityScapes: [ours])")
-    early_stop: bool = field(True, "Sect. 3.3: stop a candidate half way that is below the running average")
-    early_stop_decay: float = field(0.9, "[ours]: decay of that running average")
+    early_stop: bool = field(True, "Sect. 3.3: stop an un-promising candidate half way")
+    early_stop_rule: str = field("as-in-18", "Sect. 3.3: as done in [18]; [ours]: average, if below it")
+    early_stop_decay: float = field(0.9, "[ours]: decay of that average")
     latency_weight: float = field(0.0, "[ours], Sect. 1's outlook: W of reward * (time / target) ** -W")
     latency_target: float = field(0.0, "[ours]: that target, ms a frame of the cell; 0: the decoder's time")
     controller_lr: float = field(1e-4, "Sect. 4.1: Adam's learning rate for the controller")
     controller_clip: float = field(0.1, "[18]: PPO's clip")
     controller_baseline_decay: float = field(0.95, "[18]: decay of the reward's running mean")
-    controller_rollout: int = field(1, "[ours], measured in docs/ppo.md: candidates an update")
-    controller_epochs: int = field(4, "[ours], measured in docs/ppo.md: optimiser steps an update")
-    controller_entropy: float = field(1e-3, "[ours]: weight of the entropy bonus")
+    controller_rollout: int = field(1, "[18]: candidates an update")
+    controller_replay: int = field(100, "[18]: samples that each update goes through again; 0: its own only")
+    controller_epochs: int = field(1, "[18]: passes over them an update")
+    controller_entropy: float = field(0.0, "[18]: weight of the entropy bonus")
 
 
 @dataclasses.dataclass
@@ -118,17 +126,22 @@ class Recipe(ForEndToEnd):
 
 # What differs from these defaults. short: cut to a CPU; the controller's rate is higher there, as the paper's
 # needs its 1000 samples (docs/ppo.md). smoke: only to see that everything runs.
+SHORT_PPO = dict(controller_lr=3e-3, controller_rollout=4, controller_replay=0, controller_epochs=4,
+                 controller_entropy=1e-3)
 SHORT = dict(
+    auxiliary_cell=False,
     static_epochs=60, static_batch=8, static_crop=(360, 480), static_scale=(0.7, 1.4),
     static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
     input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2, search_batch=16,
-    controller_lr=3e-3, controller_rollout=4,
+    early_stop_rule="average", **SHORT_PPO,
     cells=1, cell=("attention", "decoder"),
     cell_epochs=24, cell_mirrored=True, cell_dropout=0.4, cell_batch=8,
     end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
 SMOKE = dict(
+    auxiliary_cell=False, gradient_norm=0,
     static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0,
     input_pad=0, cell_layers=2, search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2,
+    early_stop_rule="average",
     cell_epochs=1, cell_dropout=0.1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 SCHEDULES = {
     ("camvid", "paper"): {},
@@ -145,11 +158,11 @@ SCHEDULES = {
     ("synthetic", "paper"): dict(
         encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),
     ("synthetic", "short"): dict(
-        encoder_weights="none",
+        encoder_weights="none", auxiliary_cell=False, gradient_norm=0,
         static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
         static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
         input_pad=0, cell_layers=3, search_candidates=8, search_epochs=4, search_batch=16,
-        controller_lr=3e-3, controller_rollout=4,
+        early_stop_rule="average", **SHORT_PPO,
         cell_epochs=8, end_epochs=1, end_crop=(96, 128), key_frames=(0, 3)),
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
 }
@@ -163,24 +176,21 @@ def recipe_for(dataset, schedule, **changes):
 
 # ---- what every training does -----------------------------------------------------------------------------
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits, labels, stride):
     """Mean over the labelled pixels; zero where there is none. logits (N, C, h, w), labels (N, H, W) uint8.
-    [ours] The loss is taken at the logits' resolution, 1/8 of the image."""
-    labels = shrink(labels, logits.shape[-2:])                    # (N, h, w)
-    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=data.IGNORE, reduction="sum")
+    [ours] Both are brought to 1/stride of the image, the logits bilinearly."""
+    size = [math.ceil(side / stride) for side in labels.shape[-2:]]
+    logits = resize(logits.float(), size)                         # (N, C, H/stride, W/stride)
+    labels = data.shrink(labels, size)
+    total = F.cross_entropy(logits, labels.long(), ignore_index=data.IGNORE, reduction="sum")
     return total / (labels != data.IGNORE).sum().clamp(min=1)
 
 
-def shrink(labels, size):
-    """(N, H, W) -> (N, *size): the label of the pixel nearest to each centre."""
-    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(torch.uint8)
-
-
-def update(loss, optimizers, done, power, world=1):
+def update(loss, optimizers, done, power, world=1, norm=0.0):
     """One step of every optimiser.
 
     done: share of the training that is behind us, for the poly rate (Sect. 6): lr * (1 - done) ** power
-    world: number of processes that share the batch"""
+    world: number of processes that share the batch; norm: the gradients' highest one, a group each; 0: any"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done) ** power
@@ -189,6 +199,9 @@ def update(loss, optimizers, done, power, world=1):
     if world > 1:
         average_gradients(optimizers)
     for optimizer in optimizers:
+        if norm:
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], norm)
         optimizer.step()
 
 
@@ -199,7 +212,7 @@ def pretrain(run):
     r, frames = run.recipe, run.frames("train")
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
     torch.manual_seed(generator(r.seed, "static").initial_seed())
-    model = Arch2(run.num_classes, auxiliary=True)
+    model = Arch2(run.num_classes, auxiliary="cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
         weights.load_encoder(model.encoder, r.encoder_weights)
     model = run.to_device(model)
@@ -216,10 +229,10 @@ def pretrain(run):
             images = images[:, 0].contiguous(memory_format=torch.channels_last)           # (B, 3, h, w)
             labels = labels[:, 0]                                 # (B, h, w)
             with run.autocast():
-                pred, auxiliary = model.forward_auxiliary(images)         # (B, C, h/8, w/8), several
-            others = sum(cross_entropy(other, labels) for other in auxiliary)
-            loss = cross_entropy(pred, labels) + r.auxiliary_weight * others
-            update(loss, [optimizer], done, r.poly_power, run.world)
+                pred, auxiliary = model.forward_auxiliary(images)         # (B, C, h/8, w/8), three such
+            others = sum(cross_entropy(other, labels, r.loss_stride) for other in auxiliary)
+            loss = cross_entropy(pred, labels, r.loss_stride) + r.auxiliary_weight * others
+            update(loss, [optimizer], done, r.poly_power, run.world, r.gradient_norm)
             epoch.log(loss)
         if epoch.due(r.validate_every):
             video = VideoSegmenter(model, None, pad=r.input_pad)
@@ -228,77 +241,49 @@ def pretrain(run):
 
 # ---- Sect. 4.1: "we pre-compute all required outputs from the pre-trained static network" -----------------
 
-def prepare(run, split, numbers):
-    """Frames as the search and the cell alone see them: resized, cropped, padded.
+@torch.no_grad()
+def static_outputs(run, static, windows, transformed=True, mirrored=False):
+    """What the frozen static network says of the frames of `windows`, in half precision, and their labels:
+    so a cell's training never runs the encoder.
 
-    numbers (N,) -> images (N, 3, H, W), labels (N, H, W)"""
-    r, (images, labels) = run.recipe, run.frames(split)[numbers]
-    images = data.normalise(images)
-    if r.input_longer_side:
-        scale = r.input_longer_side / max(labels.shape[-2:])
-        size = [round(scale * side) for side in labels.shape[-2:]]
-        images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        labels = shrink(labels, size)
-    top, left = (max(0, side - r.input_crop) // 2 for side in labels.shape[-2:])
-    images = images[..., top:top + r.input_crop, left:left + r.input_crop]
-    labels = labels[..., top:top + r.input_crop, left:left + r.input_crop]
-    return data.pad(images, labels, r.input_pad)
-
-
-class StaticOutputs:
-    """What the frozen static network says of every training frame, in half precision, and the labels: so a
-    cell's training never runs the encoder. mirrored: number `count` + k is frame k's mirror image."""
-
-    @torch.no_grad()
-    def __init__(self, run, static, mirrored=False):
-        self.count = len(run.frames("train").list)
-        self.layers, self.labels = {}, None
-        total = 2 * self.count if mirrored else self.count
-        progress = Progress("static outputs", total)
-        for numbers in torch.arange(total).split(8):
-            images, labels = prepare(run, "train", numbers % self.count)
-            flipped = (numbers >= self.count).to(run.device)
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-            labels = torch.where(flipped[:, None, None], labels.flip(-1), labels)
-            with run.autocast():
-                features = static.encode(images.contiguous(memory_format=torch.channels_last))
-                dec, _ = static.decode(features)
-            for name, x in zip(("layer2", "layer3", "layer4", "dec"), (*features[1:], dec)):
-                if name not in self.layers:                       # (total, C, h, w), filled in place
-                    self.layers[name] = torch.empty(total, *x.shape[1:], dtype=torch.half, device=x.device,
-                                                    memory_format=torch.channels_last)
-                self.layers[name][numbers] = x.half()
-            if self.labels is None:
-                self.labels = labels.new_empty(total, *labels.shape[1:])          # (total, H, W)
-            self.labels[numbers] = labels
-            progress.update(int(numbers[-1]) + 1)
-
-    def __call__(self, name, numbers, dropout=0.0):
-        """(B,) frame numbers -> (B, C, h, w) float32. [ours] dropout: share of the channels zeroed."""
-        x = self.layers[name][numbers].float().contiguous(memory_format=torch.channels_last)
-        return F.dropout2d(x, dropout)
+    transformed=False: the frames as they are, for meta-val ("No transformations are applied to the validation
+    sequences"). mirrored [ours]: their mirror images, too."""
+    r, frames = run.recipe, run.frames("train")
+    stored = Stored(windows, len(frames.list), mirrored, crop=r.input_crop if transformed else None)
+    for numbers in stored.parts():
+        images, labels = frames[numbers % stored.count]           # (N, H, W, 3), (N, H, W)
+        images = data.normalise(images)                           # (N, 3, H, W)
+        if transformed:                                           # CityScapes is resized, CamVid is padded
+            images, labels = data.resize_longer_side(images, labels, r.input_longer_side)
+            images, labels = data.pad(images, labels, r.input_pad)
+        images, labels = stored.mirror(images, labels, numbers)
+        with run.autocast():
+            _, layer2, layer3, layer4 = features = static.encode(images)
+            dec, _ = static.decode(features)
+        stored.put(numbers, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels)
+    return stored
 
 
-def roll(cell, stored, window, dropout=0.0):
+def roll(cell, sequences):
     """The static network's layer4 and dec of the first frame, then the cell on each later one.
-
-    window (B, T) frame numbers -> T - 1 logits (B, C, H/8, W/8)"""
-    layer4 = stored("layer4", window[:, 0], dropout)
-    dec = stored("dec", window[:, 0], dropout)
+    -> T - 1 logits (B, C, H/8, W/8)"""
+    layer4, dec = sequences("layer4", 0), sequences("dec", 0)
     logits = []
-    for now in window[:, 1:].T:                                   # (B,)
-        layer4_prev, layer4 = layer4, stored("layer4", now, dropout)
-        layer2, layer3 = stored("layer2", now, dropout), stored("layer3", now, dropout)
-        dec, pred = cell(layer4_prev, dec, layer2, layer3, layer4)
+    for t in range(1, sequences.length):
+        layer4_prev, layer4 = layer4, sequences("layer4", t)
+        dec, pred = cell(layer4_prev, dec, sequences("layer2", t), sequences("layer3", t), layer4)
         logits.append(pred)
     return logits
 
 
-def cell_loss(run, cell, stored, window, dropout=0.0):
+def cell_loss(run, cell, sequences):
     """Sect. 4.1: "we sum up cross-entropy loss terms at each frame after the first one"."""
     with run.autocast():
-        logits = roll(cell, stored, window, dropout)
-    return sum(cross_entropy(pred, stored.labels[now]) for pred, now in zip(logits, window[:, 1:].T))
+        logits = roll(cell, sequences)
+    loss = 0
+    for t, pred in enumerate(logits, start=1):
+        loss = loss + cross_entropy(pred, sequences("labels", t), run.recipe.loss_stride)
+    return loss
 
 
 def new_cell(run, static, genotype, rng, past=True):
@@ -319,10 +304,11 @@ def score(run, cell, stored, windows, worth=1.0):
     cell.eval()
     confusion = Confusion(run.num_classes)
     for window in windows.split(run.recipe.search_batch):
+        sequences = stored.pick(window)
         with run.autocast():
-            logits = roll(cell, stored, window)
-        for pred, now in zip(logits, window[:, 1:].T):
-            labels = stored.labels[now]                           # (B, H, W)
+            logits = roll(cell, sequences)
+        for t, pred in enumerate(logits, start=1):
+            labels = sequences("labels", t)                       # (B, H, W)
             pred = F.interpolate(pred.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
             confusion.update(pred.argmax(1), labels)
     cell.train()
@@ -330,57 +316,60 @@ def score(run, cell, stored, windows, worth=1.0):
     return {"reward": reward * worth, "miou": miou, "fwiou": fwiou, "macc": macc}
 
 
-def train_candidate(run, static, stored, k, genotype, meta_train, meta_val, average, entry):
+def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry):
     """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log.
 
-    average: running average of the half-way rewards so far, or None. A candidate below it is stopped half way
-    (Sect. 3.3), and its half-way score is its reward."""
-    r = run.recipe
+    meta_train, meta_val: stored outputs and windows (N, T). A candidate that is stopped half way (Sect.
+    3.3) has its half-way score as its reward."""
+    r, (stored, windows) = run.recipe, meta_train
     cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
     entry["parameters"] = parameters(cell)
     worth = compare.latency_worth(run, cell, static, stored, entry)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr)
-    steps, losses = [], []
+    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr, weight_decay=r.weight_decay)
+    rng, steps, losses = generator(r.seed, "crop", k), [], []
     for epoch in range(r.search_epochs):
-        steps += batches(len(meta_train), r.search_batch, generator(r.seed, "candidate", k, epoch))
+        steps += batches(len(windows), r.search_batch, generator(r.seed, "candidate", k, epoch))
     for step, batch in enumerate(steps):
         if r.early_stop and 0 < step == len(steps) // 2:          # half way: is it promising?
             check_finite(losses, "half way")
-            scores = score(run, cell, stored, meta_val, worth)
+            scores = score(run, cell, *meta_val, worth)
             entry["half_reward"] = scores["reward"]
-            if average is not None and scores["reward"] < average:
+            draw = torch.rand(1, generator=generator(r.seed, "stop", k)).item()
+            if not early_stop.promising(scores["reward"], draw):
                 entry.update(scores, stopped=True)
                 return
-        loss = cell_loss(run, cell, stored, meta_train[batch])
+        loss = cell_loss(run, cell, stored.pick(windows[batch], rng))
         update(loss, [optimizer], step / len(steps), r.poly_power)
         losses.append(loss.detach())
     check_finite(losses, "at the end")
-    entry.update(score(run, cell, stored, meta_val, worth))
+    entry.update(score(run, cell, *meta_val, worth))
 
 
 def search(run):
-    """Sect. 3.3, and [ours] random search as a control."""
+    """Sect. 3.3, 4.1; and [ours] random search as a control. Meta-val is scored on the frames as they are."""
+    r = run.recipe
+    windows = run.frames("train").windows(r.sequence_length)      # (N, T) frame numbers
+    train, val = data.meta_split(windows, r.meta_val_share, generator(r.seed, "meta"))
+    print(f"search: {len(train)} sequences to train on, {len(val)} to score on")
     static = run.load("static").static
-    stored = StaticOutputs(run, static)
+    meta_train = static_outputs(run, static, train), train
+    meta_val = static_outputs(run, static, val, transformed=False), val
     for strategy, log in compare.logs(run).items():
-        explore(run, strategy, log, static, stored)
+        explore(run, strategy, log, static, meta_train, meta_val)
 
 
-def explore(run, strategy, log, static, stored):
+def explore(run, strategy, log, static, meta_train, meta_val):
     """The controller samples cells, each is trained and scored, the scores train the controller; and again.
 
     The log is the truth. A search that was killed goes through this loop from candidate 0 again: the same
     draws, the logged rewards, so the same updates. Only what the log lacks is trained. torchrun's processes
     share the candidates of a round, and all make the same update."""
     r = run.recipe
-    windows = run.frames("train").windows(r.sequence_length)      # (N, T) frame numbers
-    meta_train, meta_val = data.meta_split(windows, r.meta_val_share, generator(r.seed, "meta"))
-    print(f"search: {len(meta_train)} sequences to train on, {len(meta_val)} to score on")
     torch.manual_seed(generator(r.seed, "controller").initial_seed())
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
-              r.controller_epochs, r.controller_entropy)
-    average, figures = None, {}                                   # average: of the half-way rewards
+              r.controller_epochs, r.controller_entropy, replay=r.controller_replay)
+    early_stop, figures = EarlyStop(r.early_stop_rule, r.early_stop_decay), {}
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, r.controller_rollout):
         rng = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
@@ -394,16 +383,17 @@ def explore(run, strategy, log, static, stored):
             if log.misses(k):                                     # nor does another process work on it
                 genotype = Genotype.from_tokens(row)
                 with log.candidate(k, genotype) as entry:
-                    train_candidate(run, static, stored, k, genotype, meta_train, meta_val, average, entry)
-                progress.update(len(log), **log.standing(k), half_way_average=average or 0)
+                    train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry)
+                progress.update(len(log), **log.standing(k))
         log.meet()                                                # now every process has all of this round
-        for k in numbers:                                         # [ours]: the average moves once a round
-            half, decay = log[k]["half_reward"], r.early_stop_decay
-            if half is not None:
-                average = half if average is None else decay * average + (1 - decay) * half
+        for k in numbers:                                         # [ours]: the early stop moves once a round
+            if log[k]["half_reward"] is not None:
+                early_stop.move(log[k]["half_reward"])
         if strategy == "ppo" and len(numbers) == r.controller_rollout:    # else it waits for more
             log_prob = controller.log_prob(tokens)[0].detach()    # (n,) of the controller that sampled them
-            figures = ppo.update(tokens, log_prob, torch.tensor([log[k]["reward"] for k in numbers]))
+            reward = torch.tensor([log[k]["reward"] for k in numbers])
+            failed = torch.tensor([log[k]["status"] != "ok" for k in numbers])
+            figures = ppo.update(tokens, log_prob, reward, failed)
     if strategy == "ppo":
         run.save("controller", {}, controller=controller.state_dict(), last_update=figures,
                  candidates=r.search_candidates)
@@ -412,57 +402,57 @@ def explore(run, strategy, log, static, stored):
 # ---- Sect. 4.2: the best cells on the full training split -------------------------------------------------
 
 def finetune(run):
-    """Every network of the table: its cell alone, then end to end. The baseline has no cell."""
-    stored = None
-    for name, _, genotype, past, _ in compare.networks(run):
-        if run.finished(name):
-            continue
-        static, cell, facts = run.load("static").static, None, {}
-        if genotype is not None:
-            print(f"{name}: {genotype}")
-            cell = new_cell(run, static, genotype, generator(run.recipe.seed, name), past)
-            facts = {"genotype": as_text(genotype), "past": past}
-            if run.finished(f"{name}-alone"):
-                cell.load_state_dict(run.checkpoint(f"{name}-alone")["cell"])
-            else:
-                stored = stored or StaticOutputs(run, static, run.recipe.cell_mirrored)
-                finetune_cell(run, f"{name}-alone", cell, stored, facts)
-        finetune_end_to_end(run, name, VideoSegmenter(static, cell), facts)
+    """Every network of the table: first its cell alone, then all end to end. The baseline has no cell."""
+    missing = [network for network in compare.networks(run) if not run.finished(network.name)]
+    alone = [network for network in missing if network.genotype and not run.finished(f"{network.name}-alone")]
+    if alone:
+        static = run.load("static").static
+        windows = run.frames("train").windows(run.recipe.sequence_length)         # (N, T)
+        stored = static_outputs(run, static, windows, mirrored=run.recipe.cell_mirrored)
+        for network in alone:
+            finetune_cell(run, network, static, stored, windows)
+        del stored                                                # end to end needs the memory
+    for network in missing:
+        finetune_end_to_end(run, network)
 
 
-def finetune_cell(run, name, cell, stored, facts):
+def finetune_cell(run, network, static, stored, windows):
     """First the cell alone, by Adam, on the frozen static network's stored outputs, like a candidate.
 
     [ours] So there is no augmentation but the mirror images, if they are stored, and on CityScapes the images
     are the search's. The encoder has fitted the training images' features to their labels; with dropout on
     them the cell trusts them less."""
-    r, windows = run.recipe, run.frames("train").windows(run.recipe.sequence_length)      # (N, T)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr)
-    for epoch in run.epochs(name, r.cell_epochs, {"cell": cell}, [optimizer], **facts):
+    r = run.recipe
+    print(f"{network.name}: {network.genotype}")
+    cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
+    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr, weight_decay=r.weight_decay)
+    for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer], network):
         cell.train()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             window = windows[batch]                               # (B, T)
             if r.cell_mirrored:                                   # half of the sequences, at random
                 window = window + stored.count * torch.randint(2, (len(window), 1), generator=epoch.rng)
-            loss = cell_loss(run, cell, stored, window, r.cell_dropout)
+            loss = cell_loss(run, cell, stored.pick(window, epoch.rng, r.cell_dropout))
             update(loss, [optimizer], done, r.poly_power, run.world)
             epoch.log(loss)
 
 
-def finetune_end_to_end(run, name, video, facts):
+def finetune_end_to_end(run, network):
     """Then both: the cell by Adam at half its rate, the static network by SGD.
 
     [ours] Every frame's loss counts, the key frame's too: else nothing would hold the static classifier to a
     decoder that changes. The static network's batch norms keep their statistics."""
     r, frames = run.recipe, run.frames("train")
     windows = frames.windows(r.sequence_length)                   # (N, T)
+    video = VideoSegmenter(run.load("static").static, run.load_cell(network))
     parts = {"static": video.static}
     optimizers = [torch.optim.SGD(video.static.parameters(), lr=r.end_lr_static, momentum=r.momentum,
                                   weight_decay=r.weight_decay)]
     if video.cell is not None:
         parts["cell"] = video.cell
-        optimizers.append(torch.optim.Adam(video.cell.parameters(), lr=r.end_lr_cell))
-    for epoch in run.epochs(name, r.end_epochs, parts, optimizers, **facts):
+        optimizers.append(torch.optim.Adam(video.cell.parameters(), lr=r.end_lr_cell,
+                                           weight_decay=r.weight_decay))
+    for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers, network):
         video.train()
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
@@ -470,7 +460,9 @@ def finetune_end_to_end(run, name, video, facts):
             images, labels = data.augment(images, labels, r.end_crop, r.end_scale, generator=epoch.rng)
             with run.autocast():
                 logits = video(images)                            # (B, T, 3, h, w) -> (B, T, C, h/8, w/8)
-            loss = sum(cross_entropy(logits[:, t], labels[:, t]) for t in range(r.sequence_length))
+            loss = 0
+            for t in range(r.sequence_length):
+                loss = loss + cross_entropy(logits[:, t], labels[:, t], r.loss_stride)
             update(loss, optimizers, done, r.poly_power, run.world)
             epoch.log(loss)
 
@@ -486,20 +478,23 @@ def segment_clips(run, video, split, key_frame_every=0):
         for t, k in enumerate(clip):
             if key_frame_every and t % key_frame_every == 0:
                 state = None
+            if video.cell is None and frames.list[k].label is None:
+                continue                                          # nothing depends on it
             image, label = frames[k]                              # (H, W, 3), (H, W)
-            pred, state = video.segment(image, state)
+            with float32():
+                pred, state = video.segment(image, state)
             yield k, pred, label
 
 
 def evaluate_video(run, video, split, key_frame_every=0):
     """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
     confusion, steady, recent = Confusion(run.num_classes), Consistency(3), {}
-    windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}
+    windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}    # by their last frame
     for k, pred, label in segment_clips(run, video, split, key_frame_every):
         confusion.update(pred, label)
         recent[k] = pred, label
         recent.pop(k - 3, None)
-        if k in windows:                                          # three frames in a row end here
+        if k in windows and all(number in recent for number in windows[k]):
             preds, labels = zip(*(recent[number] for number in windows[k]))
             steady.update(preds, labels)
     iou, miou, fwiou, macc, _ = confusion.scores()

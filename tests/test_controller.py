@@ -1,13 +1,16 @@
-"""The controller against naive LSTM cells and against enumeration; PPO's invariants; a planted genotype."""
+"""The controller against naive LSTM cells and against enumeration; PPO's invariants; the early stop; a
+planted genotype."""
+import copy
 import io
 import itertools
 import math
+import random
 
 import pytest
 import torch
 
 import controller
-from controller import PPO, Controller, planted_reward
+from controller import PPO, Controller, EarlyStop, planted_reward
 
 
 def generator(seed=0):
@@ -231,16 +234,76 @@ def test_one_update_against_the_formulas():
     assert figures["baseline"] == pytest.approx(0.5 + (1 - 0.9**4) * (sum(reward) / 4 - 0.5))
 
 
+def advantage(ppo, *rewards, failed=None):
+    failed = [False] * len(rewards) if failed is None else failed
+    return ppo._advantage(torch.tensor(rewards, dtype=torch.float64), torch.tensor(failed))
+
+
 def test_baseline_and_deviation():
     ppo = PPO(Controller(1), baseline_decay=0.9)
-    assert ppo._advantage(torch.tensor([0.6], dtype=torch.float64)).tolist() == [0]
+    assert advantage(ppo, 0.6).tolist() == [0]
     assert ppo.baseline == pytest.approx(0.6)
     # 0.8 less the baseline before it moves; the squares 0 and 0.04 weigh 0.09 and 0.1
-    second = ppo._advantage(torch.tensor([0.8], dtype=torch.float64)).item()
-    assert second == pytest.approx(0.2 / math.sqrt(0.04 * 0.1 / 0.19), rel=1e-4)
+    assert advantage(ppo, 0.8).item() == pytest.approx(0.2 / math.sqrt(0.04 * 0.1 / 0.19), rel=1e-4)
     assert ppo.baseline == pytest.approx(0.62)
-    advantage = ppo._advantage(torch.linspace(0, 1, 500, dtype=torch.float64))
-    assert advantage.std().item() == pytest.approx(1, abs=0.1)
+    assert advantage(ppo, *torch.linspace(0, 1, 500)).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_failed_sample_moves_neither_baseline_nor_deviation():
+    """The others of its batch get what they would have got without it."""
+    ppo, other = PPO(Controller(1)), PPO(Controller(1))
+    assert advantage(ppo, 0.0, failed=[True]).tolist() == [-3] and ppo.baseline is None
+    for rewards in ((0.5, 0.6), (0.4, 0.8), (0.7, 0.5)):
+        whole = advantage(ppo, rewards[0], 0.0, rewards[1], failed=[False, True, False])
+        assert whole[1] == -3 and torch.equal(whole[[0, 2]], advantage(other, *rewards))
+        assert (ppo.baseline, ppo.square, ppo.weight) == (other.baseline, other.square, other.weight)
+
+
+@pytest.mark.parametrize("replay", [
+    0, 100])
+def test_updates_keep_a_failed_sample_out_of_the_baseline_and_make_it_less_likely(replay):
+    """And where none failed, all is as if nothing had been said of it."""
+    models = [Controller(2, generator=generator(1)) for _ in range(2)]
+    ppo, other = (PPO(model, replay=replay) for model in models)
+    for seed in range(3):
+        tokens, old = models[0].sample(4, generator(seed))
+        figures = ppo.update(tokens, old, [0.5, 0.4, 0.6, 0.7], [False] * 4)
+        assert figures == other.update(tokens, old, [0.5, 0.4, 0.6, 0.7])
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    before = ppo.baseline
+    tokens, old = models[0].sample(1, generator(5))
+    assert ppo.update(tokens, old, [0.0], [True])["baseline"] == before
+    assert models[0].log_prob(tokens)[0] < old
+
+
+def test_replay_against_a_naive_loop():
+    """[18]'s: the baseline moves first; then a step of its own for each of the last samples, its advantage
+    taken anew. 30 samples, of which the last eight are kept."""
+    model = Controller(2, generator=generator(1))
+    naive_model, g = copy.deepcopy(model), generator(2)
+    ppo = PPO(model, learning_rate=1e-2, clip=0.1, epochs=1, entropy_weight=0, replay=8)
+    adam, baseline, past = torch.optim.Adam(naive_model.parameters(), lr=1e-2), None, []
+    for update in range(1, 31):
+        tokens, old = model.sample(1, g)
+        reward = torch.rand(1, generator=g).item()
+        figures = ppo.update(tokens, old, [reward])
+
+        baseline = reward if baseline is None else 0.95 * baseline + 0.05 * reward
+        past = past[-7:] + [(tokens, old.item(), reward)]
+        for k in torch.randperm(len(past), generator=generator(update)).tolist():
+            string, old_log_prob, value = past[k]
+            ratio = (naive_model.log_prob(string)[0][0] - old_log_prob).exp()
+            better = value - baseline
+            limit = 1.1 if better > 0 else 0.9           # beyond it there is nothing to gain
+            inside = ratio < limit if better > 0 else ratio > limit
+            adam.zero_grad()
+            (-ratio * better if inside else 0 * ratio).backward()
+            torch.nn.utils.clip_grad_norm_(naive_model.parameters(), 2.0)
+            adam.step()
+        assert figures["baseline"] == pytest.approx(baseline) and figures.keys() == KEYS
+    for ours, expected in zip(model.parameters(), naive_model.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert len(ppo.memory) == 8 and figures["clip_fraction"] > 0          # both sides of the clip were seen
 
 
 def test_ratios_beyond_the_clip_get_no_gradient():
@@ -301,10 +364,11 @@ def test_updates_of_any_size_stay_finite(n):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_saved_search_goes_on_exactly():
+@pytest.mark.parametrize("replay", [0, 10])
+def test_a_saved_search_goes_on_exactly(replay):
     def start():
         model = Controller(2, generator=generator(1))
-        return model, PPO(model)
+        return model, PPO(model, replay=replay)
 
     def search(model, ppo, g, updates):
         for _ in range(updates):
@@ -322,12 +386,63 @@ def test_a_saved_search_goes_on_exactly():
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     model = Controller(2)
-    ppo, g = PPO(model), torch.Generator()
+    ppo, g = PPO(model, replay=replay), torch.Generator()
     ppo.load_state_dict(saved["ppo"])
     g.set_state(saved["generator"])
     assert torch.equal(search(model, ppo, g, 3), expected)
     with pytest.raises(RuntimeError):
         PPO(Controller(3)).load_state_dict(saved["ppo"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Early stop
+
+def goes_on(rule, scores, draws):
+    """Whether each of these scores, one after the other, goes on."""
+    early_stop, answers = EarlyStop(rule, 0.9), []
+    for score, draw in zip(scores, draws):
+        answers.append(early_stop.promising(score, draw))
+        early_stop.move(score)
+    return answers
+
+
+def as_in_18(scores, draws):
+    """The words of [18]'s rule, one after the other."""
+    value, delta, counter, thresholds = 0.01, 0.9, 0, [(100, 0.9), (200, 0.8), (300, 0.7), (400, 0.6)]
+    for score, draw in zip(scores, draws):
+        counter += 1
+        value = 0.99 * value + 0.01 * score
+        if score > value:
+            counter += 1
+            yield True
+        else:
+            yield score > value * (1 - delta * draw)
+        if thresholds and counter > thresholds[0][0]:
+            delta *= thresholds.pop(0)[1]
+
+
+def test_the_early_stop_as_in_18_against_a_naive_loop():
+    stopped = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        centre, spread = rng.random(), rng.choice((0.01, 0.1, 0.5))
+        scores = [max(0.0, rng.gauss(centre, spread)) for _ in range(rng.choice((20, 500)))]
+        draws = [rng.random() for _ in scores]
+        answers = goes_on("as-in-18", scores, draws)
+        assert answers == list(as_in_18(scores, draws))
+        stopped += answers.count(False)
+    assert stopped > 1000
+
+
+@pytest.mark.parametrize("rule, least, most", [("as-in-18", 20, 80), ("average", 440, 560)])
+def test_how_many_of_a_thousand_candidates_are_stopped(rule, least, most):
+    """Of rewards that are drawn alike. [18]'s rule stops none of the first hundred."""
+    for seed in range(5):
+        rng = random.Random(seed)
+        scores, draws = zip(*((rng.gauss(0.55, 0.03), rng.random()) for _ in range(1000)))
+        answers = goes_on(rule, scores, draws)
+        assert least <= answers.count(False) <= most
+        assert all(answers[:100]) == (rule == "as-in-18")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,6 +563,6 @@ def test_bad_updates_are_refused_and_change_nothing():
     torch.save(ppo.state_dict(), after)
     assert before.getvalue() == after.getvalue()
     for setting in (dict(learning_rate=0), dict(learning_rate=math.nan), dict(clip=0), dict(baseline_decay=1),
-                    dict(epochs=0), dict(entropy_weight=-1), dict(max_grad_norm=0)):
+                    dict(epochs=0), dict(entropy_weight=-1), dict(max_grad_norm=0), dict(replay=-1)):
         with pytest.raises(ValueError):
             PPO(model, **setting)

@@ -126,16 +126,62 @@ def test_a_label_is_never_a_mixture_of_two():
         assert set(label.unique().tolist()) <= {2, 8, 255}
 
 
-def test_augment_crop_without_scaling_is_a_window_of_the_image():
-    labels = random_batch(B=1, T=1)[1]
-    images = torch.arange(20 * 30).reshape(1, 1, 20, 30, 1).remainder(251).expand(-1, -1, -1, -1, 3)
-    images = images.to(torch.uint8)
-    out, label = data.augment(images, labels, (20, 12), flip=False, generator=seeded(3))
-    start = 18 * torch.rand(4, 1, generator=seeded(3))[1].item()          # a fractional column
-    left, part = int(start), start - int(start)
-    source = data.normalise(images)
-    expected = (1 - part) * source[..., left:left + 12] + part * source[..., left + 1:left + 13]
-    assert torch.allclose(out, expected, atol=1e-3)
+def placed(source, top, left, crop):
+    """The crop of `source` (..., H, W) whose corner lies there; zeros outside."""
+    far, (h, w) = 40, crop
+    return torch.nn.functional.pad(source, [far] * 4)[..., far + top:far + top + h, far + left:far + left + w]
+
+
+@pytest.mark.parametrize("crop", [(20, 12), (13, 30), (28, 33), (8, 41)])
+def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
+    """The crop smaller and larger than the image, also mirrored: never a mean of two pixels, which would blur
+    the picture. All places are reached."""
+    rng = seeded(0)
+    images = torch.randint(0, 256, (2, 1, 20, 30, 3), generator=rng, dtype=torch.uint8)
+    labels = torch.randint(0, 11, (2, 1, 20, 30), generator=rng, dtype=torch.uint8)
+    images, labels = images.expand(-1, 2, -1, -1, -1), labels.expand(-1, 2, -1, -1)
+    tops, lefts = (range(min(0, side - out), max(0, side - out) + 1) for side, out in zip((20, 30), crop))
+    seen = set()
+    for seed in range(150):
+        out, label = data.augment(images, labels, crop, generator=seeded(seed))
+        for b, (ours, marks) in enumerate(zip(out, label)):
+            for flipped in (False, True):
+                source = data.normalise(images[b])
+                known = labels[b].float() + 1
+                if flipped:
+                    source, known = source.flip(-1), known.flip(-1)
+                where = [(top, left) for top in tops for left in lefts
+                         if torch.equal(placed(known, top, left, crop), (marks + 1).float())]
+                if where:
+                    break
+            (top, left), = where
+            torch.testing.assert_close(ours, placed(source, top, left, crop), rtol=0, atol=2e-3)
+            seen.add((flipped, top, left))
+    for axis, places in ((1, tops), (2, lefts)):
+        assert {place[axis] for place in seen} == set(places)
+    assert {flipped for flipped, *_ in seen} == {True, False}
+
+
+@pytest.mark.parametrize("scaled", [17.3, 24.0, 50.5])
+def test_a_crops_shift_is_whole_in_the_scaled_image(scaled):
+    """The centre of the crop's pixel j shows the scaled image at j + 1/2 + a whole number."""
+    where, out = torch.linspace(0, 1, 50), 24
+    slope, shift = data.crop_map(torch.tensor(scaled), out, where)
+    for j in (0, 7, 23):
+        position = ((slope * ((2 * j + 1) / out - 1) + shift) + 1) / 2 * scaled - j - 0.5
+        assert torch.allclose(position, position.round(), atol=1e-4)
+    assert -0.5 <= position.min() - min(0, scaled - out) <= 0.5
+    assert -0.5 <= position.max() - max(0, scaled - out) <= 0.5
+
+
+def test_the_longer_side_is_resized():
+    images, labels = torch.rand(2, 3, 30, 60), random_batch(2, 1, 30, 60)[1][:, 0]
+    small, small_labels = data.resize_longer_side(images, labels, 24)
+    assert small.shape == (2, 3, 12, 24) and small_labels.shape == (2, 12, 24)
+    squares = labels[:, ::5, ::5]                                         # (2, 6, 12): 5 pixels become 2
+    assert torch.equal(small_labels, squares.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    same = data.resize_longer_side(images, labels, 0)
+    assert same[0] is images and same[1] is labels
 
 
 def test_pad_as_the_paper_does():

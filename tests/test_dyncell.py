@@ -172,18 +172,14 @@ def test_resolutions(size):
     assert dec.shape == (2, 64, *features[1].shape[2:]) and pred.shape == (2, 7, *features[1].shape[2:])
 
 
-def test_loads_torchvisions_file():
-    encoder, state = dyncell.MobileNetV2(), torchvision_state()
+@pytest.mark.parametrize("source", ["torchvision's", pytest.param("ours", marks=pytest.mark.skipif(
+    not WEIGHTS.exists(), reason="the ImageNet encoder lies in ../shared, which is not here"))])
+def test_loads_weights_in_torchvisions_keys(source):
+    encoder = dyncell.MobileNetV2()
+    state = torch.load(WEIGHTS, weights_only=True) if source == "ours" else torchvision_state()
     encoder.load_imagenet(dict(state))
     assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
-
-
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the ImageNet encoder lies in ../shared, which is not here")
-def test_loads_the_shared_weights():
-    encoder, state = dyncell.MobileNetV2(), torch.load(WEIGHTS, weights_only=True)
-    encoder.load_imagenet(state)
-    assert encoder.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+    assert source != "ours" or encoder.state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape", "empty"])
@@ -207,7 +203,10 @@ def test_arch2_parameters(num_classes, total):
     assert parameters(arch2) == total
     assert parameters(arch2.encoder) == 1_811_712
     assert total - 1_811_712 == 1_034_571 + (num_classes - 11) * (9 * 64 + 1)
-    assert parameters(Arch2(num_classes, auxiliary=True)) == total + 3 * num_classes * (9 * 64 + 1)
+    heads = 3 * num_classes * (9 * 64 + 1)
+    assert parameters(Arch2(num_classes, auxiliary="classifier")) == total + heads
+    cells = 3 * parameters(dyncell.ContextualCell())
+    assert parameters(Arch2(num_classes, auxiliary="cell")) == total + heads + cells
 
 
 def contextual(cell, x):
@@ -228,10 +227,14 @@ def test_contextual_cell():
     close(cell(x), contextual(cell, x))
 
 
-def test_arch2_by_hand():
-    """Connections [[1, 3], [4, 3], [2, 2]]; blocks 5 and 6 concatenated, ReLU, 1x1; auxiliary classifiers."""
+@pytest.mark.parametrize("kind", ["cell", "classifier"])
+def test_arch2_by_hand(kind):
+    """Connections [[1, 3], [4, 3], [2, 2]]; blocks 5 and 6 concatenated, ReLU, 1x1. An auxiliary head is a
+    contextual cell, as in [18]'s code, and a classifier; its prediction is brought to the output's size."""
     image = torch.randn(2, 3, 50, 70, **DOUBLE)
-    arch2 = randomise(Arch2(5, auxiliary=True), image)
+    arch2 = Arch2(5, auxiliary=kind).double().train()
+    arch2.forward_auxiliary(image)
+    arch2 = randomise(arch2, image)
     features = arch2.encode(image)
     _, tap1, tap2, tap3 = (adapt(x) for adapt, x in zip(arch2.adapt, features, strict=True))
 
@@ -254,7 +257,9 @@ def test_arch2_by_hand():
     main, auxiliary = arch2.forward_auxiliary(image)
     close(main, pred)
     for actual, head, node in zip(auxiliary, arch2.auxiliary, (node4, node5, node6), strict=True):
-        close(actual, head(node))
+        *cell, classifier = head
+        assert len(cell) == (kind == "cell")
+        close(actual, up(classifier(contextual(cell[0], node) if cell else node), pred))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -696,7 +701,7 @@ def batch_norms(module):
 
 
 def cases_to_fold():
-    yield "arch2", lambda: Arch2(5, auxiliary=True), lambda: [torch.randn(2, 3, 40, 50, **DOUBLE)]
+    yield "arch2", lambda: Arch2(5, auxiliary="cell"), lambda: [torch.randn(2, 3, 40, 50, **DOUBLE)]
     yield "cell with every operation and aggregation", lambda: DynamicCell(EVERYTHING, 5), cell_inputs
     yield "video", lambda: VideoSegmenter(Arch2(5), DynamicCell(RECURRENT, 5)), \
         lambda: [torch.randn(2, 2, 3, 40, 50, **DOUBLE)]
@@ -765,9 +770,8 @@ def test_compiles_to_one_graph(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [case for case in NETWORKS if case.values[0] not in ("affine", "cell3")])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_exports_with_any_height_and_width(name):
-    """But for cells with affine: F.affine_grid takes the size as a constant."""
     module, inputs = network(name)
     h, w = torch.export.Dim("h", min=2, max=64), torch.export.Dim("w", min=2, max=64)
     factors = [32] if name == "arch2" else [32 // step for step in STEPS.values()]  # of h and w, each input

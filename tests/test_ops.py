@@ -532,11 +532,17 @@ def test_depthwise_stays_in_float32_on_a_cpu_only():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_deform_conv2d_compiles_to_one_graph(monkeypatch):
     """A compiled graph can't ask for the number of threads; it takes the whole batch at once."""
-    case = {name: t.float() for name, t in deform_case(*GEOMETRY[1], batch=3).items()}
+    case, samplings = {name: t.float() for name, t in deform_case(*GEOMETRY[1], batch=3).items()}, []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     expected = ops.deform_conv2d(**case)
-    compiled = torch.compile(ops.deform_conv2d, fullgraph=True, backend="eager")
+
+    def backend(graph, _):
+        samplings.extend(node for node in graph.graph.nodes if "grid_sample" in str(node.target))
+        return graph
+
+    compiled = torch.compile(ops.deform_conv2d, fullgraph=True, backend=backend)
     close(compiled(**case), expected, 1e-5)
+    assert len(samplings) == 1
     arguments = case["input"], case["offset"], case["weight"]
     traced = torch.jit.trace(lambda x, o, w: ops.deform_conv2d(x, o, w), arguments)
     larger = {name: torch.cat((case[name], case[name])) for name in ("input", "offset")}

@@ -5,6 +5,9 @@ A control says what a cell is worth and is never a run's best: the baseline trai
 decoder in a cell's place, the best cell with the past zeroed. """
 import collections
 import contextlib
+import hashlib
+import json
+import math
 import pathlib
 import statistics
 import time
@@ -19,10 +22,11 @@ from util import figures
 from util.cells import DECODER, Decoder
 from util.costs import milliseconds, milliseconds_in_turn, multiply_adds
 from util.progress import duration
-from util.runs import load, read_log, save
+from util.runs import fields_of, load, read_log, save, set_tf32
 
 TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
-          "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)", "cell3": "cell3 (reconstructed)"}
+          "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)",
+          "cell3": "cell3 (reconstructed)"}
 # Of each search: its log, what its cells are called in files, and in the table.
 SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
 
@@ -139,9 +143,10 @@ NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 def stage(run, name):
     """Around a stage: says whether anything is missing, how long it took, and draws what it made."""
     if name in NEEDS and not run.finished(NEEDS[name]):
-        raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} needs "
-                         "it; run the stages before it first")
+        raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
+                         "needs it; run the stages before it first")
     start, missing = time.time(), not done(run, name)
+    set_tf32(name != "evaluate")
     if missing:
         data.each(run.frames, run.splits)                         # a broken file shows now
     yield missing
@@ -167,7 +172,8 @@ def latency_worth(run, cell, static, stored, entry):
     times are."""
     if not run.recipe.latency_weight:
         return 1.0
-    inputs = [stored(name, torch.tensor([0])) for name in ("layer4", "dec", "layer2", "layer3", "layer4")]
+    names = "layer4", "dec", "layer2", "layer3", "layer4"
+    inputs = [stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last) for name in names]
 
     def time_of(module):                     # ms a frame of the cell alone: folded, batch 1
         return milliseconds(fold_batchnorm(module).to(memory_format=torch.channels_last), *inputs)
@@ -179,16 +185,33 @@ def latency_worth(run, cell, static, stored, entry):
 
 @torch.no_grad()
 def frame_costs(run, video):
-    """The encoder alone, a key frame, a later frame: batch norms folded, float32, batch 1, prediction at
-    1/8."""
-    image, _ = run.frames("val")[0]
-    image = data.normalise(image[None]).contiguous(memory_format=torch.channels_last)     # (1, 3, H, W)
+    """ms of the encoder alone, a key frame, a later frame, as they are evaluated: padded, batch norms folded,
+    float32, batch 1; prediction at 1/8."""
+    image, label = run.frames("val")[0]
+    image, _ = data.pad(data.normalise(image[None]), label[None], video.pad)      # (1, 3, H, W)
+    image = image.contiguous(memory_format=torch.channels_last)
     video = fold_batchnorm(video).to(memory_format=torch.channels_last)
     _, state = video.step(image)
     calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
              "ms_later_frame": lambda: video.step(image, state)}
     ms = milliseconds_in_turn(calls, repeats=15)
     return {**ms, "multiply_adds": multiply_adds(calls["ms_later_frame"])}
+
+
+def mean_times(run, costs, every):
+    """ms a frame in the mean of a sequence, Table 5's: "the baseline on the first frame and the dynamic
+    cell on the rest". Of a sequence of the training's length, and of the clips that are reported.
+
+    every: the key-frame distance; 0: only the first frame is one"""
+    def mean(lengths):
+        total = 0
+        for length in lengths:
+            keys = math.ceil(length / every) if every else 1
+            total += keys * costs["ms_key_frame"] + (length - keys) * costs["ms_later_frame"]
+        return total / sum(lengths)
+
+    clips = [len(clip) for clip in run.frames(run.splits[-1]).clips()]
+    return {"ms_sequence": mean([run.recipe.sequence_length]), "ms_clip": mean(clips)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,8 +221,12 @@ class Table:
     """The rows of results.json, written as they come: an evaluation that was cut goes on."""
 
     def __init__(self, run):
-        self.run, self.path = run, run.path("results.json")
-        self.rows = load(self.path)["rows"] if self.path.exists() else []
+        self.run, self.path, self.rows = run, run.path("results.json"), []
+        fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name != "encoder_weights"]
+        values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
+        self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
+        if self.path.exists():               # a row of networks that were trained otherwise is scored again
+            self.rows = [row for row in load(self.path)["rows"] if row.get("made_with") == self.made_with]
 
     def missing(self):
         """[(network, key-frame distances)] of the rows that no evaluation has scored yet; none for processes
@@ -215,8 +242,9 @@ class Table:
     def add(self, network, every, costs, scores):
         genotype = None if network.genotype is None else str(network.genotype)
         self.rows.append({"name": network.name, "title": network.title, "seed": network.seed,
-                          "control": network.control, "key_frame_every": every, **costs,
-                          "genotype": genotype, **without_nan(scores)})
+                          "control": network.control, "key_frame_every": every, "genotype": genotype,
+                          "made_with": self.made_with,
+                          **costs, **mean_times(self.run, costs, every), **without_nan(scores)})
         save(self.path, {"rows": self.rows})
         split = self.run.splits[-1]
         miou = 100 * scores[split]["miou"]
@@ -234,8 +262,9 @@ class Table:
         baseline = segment_clips(run, run.load("baseline"), split)
         cell = segment_clips(run, run.load(best["name"]), split, best["key_frame_every"])
         save(run.path("examples.pt"), differing_frames(run.frames(split), baseline, cell, best["name"]))
-        save(self.path, {"rows": self.rows, "reported": split, "best": best["name"], "device": str(run.device),
-                         "threads": torch.get_num_threads(), "torch": torch.__version__})
+        save(self.path, {"rows": self.rows, "reported": split, "best": best["name"],
+                         "device": str(run.device), "threads": torch.get_num_threads(),
+                         "torch": torch.__version__})
 
 
 def without_nan(value):
@@ -247,25 +276,27 @@ def without_nan(value):
 
 def differing_frames(frames, baseline, cell, cell_name, count=4, apart=20):
     """Rows of Figs. 5 and 6: the frames where the largest share of labelled pixels differs between the two
-    networks' answers, at least `apart` frames from each other. [ours]
+    networks' answers, of every `apart` frames one at the most. [ours]
 
-    baseline, cell: iterators over (frame number, label map, label), in the same order."""
-    maps, share, chosen = {}, {}, []
-    for (k, a, label), (_, b, _) in zip(baseline, cell):
-        labelled = label != data.IGNORE
-        share[k] = ((a != b) & labelled).sum().item() / max(1, labelled.sum().item())
-        maps[k] = a.cpu(), b.cpu()
-    for k in sorted(share, key=lambda k: -share[k]):
-        if len(chosen) < count and all(abs(k - other) >= apart for other in chosen):
-            chosen.append(k)
-    images, labels = frames[torch.tensor(chosen)]
+    baseline, cell: iterators over (frame number, label map, label)."""
+    def labelled(results):
+        return (result for result in results if frames.list[result[0]].label is not None)
+
+    best = {}                                                     # of every `apart` frames
+    for (k, a, label), (_, b, _) in zip(labelled(baseline), labelled(cell)):
+        counted = label != data.IGNORE
+        share = ((a != b) & counted).sum().item() / max(1, counted.sum().item())
+        if k // apart not in best or share > best[k // apart][0]:
+            best[k // apart] = share, k, a.cpu(), b.cpu()
+    chosen = sorted(best.values(), key=lambda one: -one[0])[:count]
+    images, labels = frames[torch.tensor([k for _, k, _, _ in chosen])]
     palette = [[int(part) for part in colour] for colour in frames.dataset.palette]
     return {"images": images.cpu(), "labels": labels.cpu(),
-            "baseline": torch.stack([maps[k][0] for k in chosen]),
-            "cell": torch.stack([maps[k][1] for k in chosen]), "cell_name": cell_name,
-            "names": [pathlib.Path(frames.list[k].image).name for k in chosen],
+            "baseline": torch.stack([a for _, _, a, _ in chosen]),
+            "cell": torch.stack([b for _, _, _, b in chosen]), "cell_name": cell_name,
+            "names": [pathlib.Path(frames.list[k].image).name for _, k, _, _ in chosen],
             "classes": list(frames.dataset.classes), "palette": palette,
-            "differ": [share[k] for k in chosen]}
+            "differ": [share for share, _, _, _ in chosen]}
 
 
 def distance(every):
@@ -275,7 +306,7 @@ def distance(every):
 def percent(rows, split, name):
     """The mean, and where there are several seeds their deviation."""
     values = [row[split][name] for row in rows]
-    if None in values:                                            # consistency needs three labelled frames in a row
+    if None in values:                                            # no three labelled frames in a row
         return "-"
     values = [100 * value for value in values]
     return f"{statistics.mean(values):.1f}" + (f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else "")
@@ -287,20 +318,23 @@ def print_table(results):
     for row in results["rows"]:                                   # the seeds of a row are reported as one
         groups[row["title"], row["key_frame_every"]].append(row)
     seeds = "; mean ± deviation over seeds" if len(groups) < len(results["rows"]) else ""
-    print(f"\n{split} split; mIoU and consistency in %, a later frame's multiply-adds (G) and ms on "
-          f"{results['device']} ({results['threads']} threads){seeds}")
+    print(f"\n{split} split; mIoU and consistency in %; multiply-adds (G) and ms of a later frame; ms a "
+          f"frame in "
+          f"the mean of a\nsequence (Table 5's) and of a clip, on {results['device']} ({results['threads']} "
+          f"threads){seeds}")
     print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
-          f"{'ms a frame':>10} {'/ encoder':>9} {'val mIoU':>10}")
+          f"{'ms later':>9} {'sequence':>8} {'clip':>6} {'/ encoder':>9} {'val mIoU':>10}")
     for (title, every), rows in groups.items():
         of_encoder = statistics.median(row["ms_later_frame"] / row["ms_encoder"] for row in rows)
         print(f"{title:38} {distance(every):>10} {percent(rows, split, 'miou'):>10} "
               f"{percent(rows, split, 'consistency'):>11} {rows[0]['parameters']:11,} "
-              f"{rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:10.1f} {of_encoder:9.2f} "
+              f"{rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:9.1f} "
+              f"{rows[0]['ms_sequence']:8.1f} {rows[0]['ms_clip']:6.1f} {of_encoder:9.2f} "
               f"{percent(rows, 'val', 'miou'):>10}")
     classes = results["rows"][0][split]["iou"]
     names = "".join(f" {name[:10]:>10}" for name in classes)
     print(f"\n{'IoU of each class (the first key frame)':38}{names}")
-    first = {}                                                    # of each title, its first key-frame distance
+    first = {}                                                    # of each title
     for (title, _), rows in groups.items():
         first.setdefault(title, rows)
     for title, rows in first.items():

@@ -18,8 +18,8 @@ from util.cells import DECODER
 from util.compare import SEARCHES
 from util.runs import Run, check_recipe, flag, load, locked, save
 
-CHOICES = {"search_strategy": ("ppo", "random", "both"), "cell": (*CELLS, DECODER)}
-MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
+CHOICES = {"early_stop_rule": ("as-in-18", "average"), "search_strategy": ("ppo", "random", "both"), "cell": (*CELLS, DECODER)}
+MAY_BE_ZERO = ("gradient_norm", "controller_replay", "seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
                "controller_entropy", "auxiliary_weight", "poly_power", "cells", "cell_dropout",
                "latency_weight", "latency_target", "end_epochs")
 BELOW_ONE = ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum",
@@ -45,7 +45,8 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     parser.add_argument("--stage", choices=[*stages, "predict"], help="this stage only")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
     own = parser.add_argument_group("--stage predict")
-    own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, WebP or "
+    own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, "
+                                     "WebP or "
                                      "APNG, or one image")
     own.add_argument("--output", help="folder for label maps, overlays and the animation")
     own.add_argument("--network", help="static, baseline, cell-0, ... (default: the cell best on val)")
@@ -143,7 +144,8 @@ def find_data(run):
         raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a "
                          "row")
     if count < 2 * run.world:
-        raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each process "
+        raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each "
+                         f"process "
                          "needs two, gap's batch norm has one value an image")
 
 

@@ -35,7 +35,7 @@ import data
 from data import InputError
 from dyncell import Arch2, VideoSegmenter
 from util import weights
-from util.cells import make_cell
+from util.cells import as_text, make_cell
 from util.progress import Progress
 
 SAVE_SECONDS = 60                            # between checkpoints of a training, each made after an epoch
@@ -204,15 +204,16 @@ class Epoch:
     def batches(self, items, size):
         """This process's share of each batch of 0..items-1, and the share of the whole training that is
         done."""
+        seed, rank, world = self.run.recipe.seed, self.run.rank, self.run.world
         shuffled = batches(items, size, self.rng)
-        if self.run.rank:                                         # the same batches, but other augmentation
-            self.rng = generator(self.run.recipe.seed, self.name, self.index, self.run.rank)
-        torch.manual_seed(self.rng.initial_seed())                # dropout draws from torch's own generator
+        if rank:                                                  # the same batches, but other augmentation
+            self.rng = generator(seed, self.name, self.index, rank)
+        torch.manual_seed(generator(seed, self.name, self.index, rank, "dropout").initial_seed())
         total, first = self.count * len(shuffled), self.index * len(shuffled)
         if self.run.progress is None:
             self.run.progress = Progress(self.name, total, done=first)
         for k, batch in enumerate(shuffled):
-            yield batch[self.run.rank::self.run.world], (first + k) / total
+            yield batch[rank::world], (first + k) / total
             if k % 10 == 9 or first + k + 1 == total:             # a look at the loss makes a GPU wait
                 loss = check_finite(self.losses[-1:], self.name)[0] if self.losses else math.nan
                 self.run.progress.update(first + k + 1, epoch=self.index + 1, loss=loss)
@@ -332,12 +333,18 @@ class Run:
         self.rank, self.world, self.store, self.progress = 0, 1, None, None
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            self.device = torch.zeros(0, device=device or best).device
+            chosen = torch.device(device or best)
+            if chosen.type == "cuda" and launched():                      # a GPU for each process, if there are
+                chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            if chosen.type == "cuda" and chosen.index is not None:        # before cuda:0 is made ready
+                torch.cuda.set_device(chosen)
+            self.device = torch.zeros(0, device=chosen).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0][:80]
             raise InputError(f"--device {device}: cannot be used here ({reason})") from None
         if self.device.type == "cpu":
             keep_freed_memory()
+        set_tf32(False)
         self.num_classes = len(data.DATASETS[recipe.dataset].classes)
         self.splits = ("train", "val", "test")
         if recipe.dataset == "cityscapes":                        # it keeps its test labels back
@@ -351,7 +358,7 @@ class Run:
 
     def join(self):
         """Meets torchrun's other processes, if there are any: nccl where each has its own GPU, else gloo."""
-        if not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1":
+        if not launched() or os.environ["WORLD_SIZE"] == "1":
             return
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         # A process that waits for a dead one hears no handler, and torchrun would wait 30 s for it.
@@ -362,9 +369,6 @@ class Run:
                 raise InputError(f"{flag(name)} {size}: {self.world} processes share it, two images each at "
                                  f"the least: {2 * self.world} or more")
         gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)   # a candidate may take hours
-        if self.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-            self.device = torch.device("cuda", torch.cuda.current_device())
         own = self.device.type == "cuda" and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
         self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
         dist.init_process_group("nccl" if own else "gloo", store=dist.PrefixStore("group", self.store),
@@ -412,12 +416,16 @@ class Run:
 
     # -- trainings
 
-    def epochs(self, name, count, parts, optimizers, **facts):
+    def epochs(self, name, count, parts, optimizers, network=None):
         """The epochs of a training that are still to do, one after the other.
+
+        network: of util/compare.py, where it has a cell, whose genotype NAME.pt holds.
 
         parts: what is trained, {"static": module, "cell": module}. NAME.pt holds their states, the history,
         the recipe and the facts, and until the training is finished the optimisers' states."""
-        path, history, since = self.path(f"{name}.pt"), [], time.time()
+        path, history, since, facts = self.path(f"{name}.pt"), [], time.time(), {}
+        if "cell" in parts:
+            facts = {"genotype": as_text(network.genotype), "past": network.past}
         if path.exists():
             saved = self.checkpoint(name)
             history = saved["history"]
@@ -482,6 +490,15 @@ class Run:
             fill(cell, saved["cell"], path)
         return self.to_device(VideoSegmenter(static, cell, pad=self.recipe.input_pad)).eval()
 
+    def load_cell(self, network):
+        """The cell of a network that was trained alone; None for the baseline."""
+        if network.genotype is None:
+            return None
+        name = f"{network.name}-alone"
+        cell = make_cell(network.genotype, self.load("static").static, network.past)
+        fill(cell, self.checkpoint(name)["cell"], self.path(f"{name}.pt"))
+        return self.to_device(cell)
+
     def log(self, name):
         return Log(self, self.path(name))
 
@@ -522,6 +539,29 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                       # M_MMAP_MAX: no block of its own for a large tensor
         mallopt(-1, -1)                      # M_TRIM_THRESHOLD: never
+
+
+def launched():
+    """Whether torchrun started this process. (RANK alone may have been left in the environment.)"""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def set_tf32(allowed):
+    """Whether a GPU may round float32 factors to 10 bits, in convolutions and products: in training, not in
+    evaluation."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def float32():
+    """Evaluation's precision, in the middle of a training."""
+    before = torch.backends.cudnn.allow_tf32
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        set_tf32(before)
 
 
 def cpu_has_bf16():

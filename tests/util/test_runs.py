@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import types
 import uuid
 
 import pytest
@@ -37,6 +38,11 @@ def run(tmp_path, small):
 
 # ---- a training: run.epochs, epoch.batches
 
+TOKENS = [1, 2, 0, 0, 0, 2, 5, 0, 0, 0]
+GENOTYPE = Genotype.from_tokens(TOKENS)
+NETWORK = compare.Network("cell-7", "", GENOTYPE, past=False)
+
+
 class Tiny:
     """A tiny training: linear regression of 9 numbers, by two optimisers with a memory of their own."""
 
@@ -52,7 +58,7 @@ class Tiny:
 def train_tiny(run, stop_at=None, noise=1.0, name="tiny"):
     """Three epochs of four batches, or up to step number `stop_at`. Returns the weights and the losses."""
     tiny = Tiny()
-    for epoch in run.epochs(name, 3, {"cell": tiny.model}, tiny.optimizers, fact="kept"):
+    for epoch in run.epochs(name, 3, {"cell": tiny.model}, tiny.optimizers, NETWORK):
         for batch, done in epoch.batches(9, 2):
             tiny.steps += 1
             if tiny.steps == stop_at:
@@ -66,52 +72,45 @@ def train_tiny(run, stop_at=None, noise=1.0, name="tiny"):
     return torch.cat([p.detach().flatten() for p in tiny.model.parameters()]), losses
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 8, 9, 12])
-def test_a_stopped_training_ends_with_the_same_weights(run, stop_at):
-    """Stopped in the first, second and third epoch, in its first and last step."""
+@pytest.mark.parametrize("stop_at, every", [(k, 0) for k in (1, 4, 5, 8, 9, 12)] + [(9, 1000)])
+def test_a_stopped_training_ends_with_the_same_weights(run, monkeypatch, stop_at, every):
+    """Stopped in the first, second and third epoch, in its first and last step; and where not every epoch is
+    saved, but one in so many seconds."""
     weights, losses = train_tiny(run)
     run.path("tiny.pt").unlink()
+    monkeypatch.setattr(runs, "SAVE_SECONDS", every)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(run, stop_at)
+    assert run.path("tiny.pt").exists() == (stop_at > 4 and every == 0)
     again, losses_again = train_tiny(run)
     assert torch.equal(weights, again) and losses == losses_again and len(set(losses)) == 3
-
-
-def test_a_training_that_is_not_saved_every_epoch_goes_on_from_the_last_that_was(run, monkeypatch):
-    weights, losses = train_tiny(run)
-    run.path("tiny.pt").unlink()
-    monkeypatch.setattr(runs, "SAVE_SECONDS", 1000)
-    with pytest.raises(KeyboardInterrupt):
-        train_tiny(run, 9)
-    assert not run.path("tiny.pt").exists()
-    again, losses_again = train_tiny(run)
-    assert torch.equal(weights, again) and losses == losses_again
 
 
 def test_a_training_has_one_file_which_holds_optimisers_until_it_is_finished(run):
     with pytest.raises(KeyboardInterrupt):
         train_tiny(run, 6)
     saved = torch.load(run.path("tiny.pt"), weights_only=True)
-    assert len(saved["optimizers"]) == 2 and len(saved["history"]) == 1 and saved["fact"] == "kept"
+    assert len(saved["optimizers"]) == 2 and len(saved["history"]) == 1
     assert not run.finished("tiny")
     with pytest.raises(InputError, match="tiny.pt: is not finished; the command that began it continues"):
         run.load("tiny")
     train_tiny(run)
     saved = torch.load(run.path("tiny.pt"), weights_only=True)
-    assert "optimizers" not in saved and len(saved["history"]) == 3 and saved["fact"] == "kept"
+    assert "optimizers" not in saved and len(saved["history"]) == 3
+    assert saved["genotype"] == GENOTYPE.to_json() and saved["past"] is False
     assert run.finished("tiny")
     assert [path.name for path in run.folder.iterdir()] == ["tiny.pt"]
 
 
 def test_a_training_of_no_epochs_is_finished_as_it_is(run):
     model = torch.nn.Linear(4, 1)
-    assert not list(run.epochs("none", 0, {"cell": model}, []))
+    assert not list(run.epochs("none", 0, {"static": model}, []))
     assert run.finished("none")
 
 
 def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
     orders, shares = [], []
-    for epoch in run.epochs("b", 2, {"cell": torch.nn.Linear(1, 1)}, []):
+    for epoch in run.epochs("b", 2, {"static": torch.nn.Linear(1, 1)}, []):
         order = []
         for batch, done in epoch.batches(7, 3):
             order += batch.tolist()
@@ -128,7 +127,7 @@ def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
 def test_a_loss_that_is_not_finite_stops_a_training_and_is_not_saved(run, value):
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match=f"x.*: the loss is {value}"):
-        for epoch in run.epochs("x", 3, {"cell": model}, []):
+        for epoch in run.epochs("x", 3, {"static": model}, []):
             for batch, _ in epoch.batches(4, 2):
                 epoch.log(model.weight.sum() * (value if epoch.index == 1 else 1))
     assert len(torch.load(run.path("x.pt"), weights_only=True)["history"]) == 1
@@ -147,10 +146,6 @@ def test_what_one_stage_draws_does_not_depend_on_another():
 
 
 # ---- the search's log
-
-TOKENS = [1, 2, 0, 0, 0, 2, 5, 0, 0, 0]
-GENOTYPE = Genotype.from_tokens(TOKENS)
-
 
 def lines(*candidates, **changes):
     entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": TOKENS, **changes}
@@ -339,8 +334,6 @@ def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_pa
         run.load("static")
 
 
-
-
 def test_a_finished_network_of_the_version_before_is_read(smoke, small, tmp_path):
     """It had the same fields, and did not say from which weights and data the network was made."""
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
@@ -449,6 +442,80 @@ def test_data_that_moved_are_the_same_and_others_are_refused(tmp_path, change, f
     else:
         with pytest.raises(InputError, match=f"static.pt: .*another content of --data.* {root}"):
             options.check_folder(run)
+
+
+# ---- the device
+
+def device_of(tmp_path, monkeypatch, name):
+    """What a run does with a device of this name, in order. All is on "meta" but for a CPU's."""
+    done = []
+
+    def zeros(size, device):
+        done.append(f"zeros on {device}")
+        return torch.empty(size, device="cpu" if device.type == "cpu" else "meta")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"set {device}"))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(runs, "keep_freed_memory", lambda: done.append("keep freed memory"))
+    Run(tmp_path, recipe_for("synthetic", "smoke"), device=name)
+    return done
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("cuda:1", ["set cuda:1", "zeros on cuda:1"]), ("cuda", ["zeros on cuda"]),
+    ("cpu", ["zeros on cpu", "keep freed memory"])])
+def test_a_gpu_is_chosen_before_anything_is_put_on_one_and_only_a_cpus_allocator_is_changed(
+        tmp_path, monkeypatch, name, expected):
+    """Else the first GPU, which somebody else may fill, would get a context."""
+    assert device_of(tmp_path, monkeypatch, name) == expected
+
+
+def test_a_gpu_rounds_in_training_and_not_in_evaluation(tmp_path):
+    """Whatever was set before, and after an error. compare.stage sets it for a stage."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    for backend in backends:
+        backend.allow_tf32 = True
+    Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
+    assert not any(backend.allow_tf32 for backend in backends)
+    runs.set_tf32(True)
+    with pytest.raises(KeyError), runs.float32():
+        assert not any(backend.allow_tf32 for backend in backends)
+        raise KeyError
+    assert all(backend.allow_tf32 for backend in backends)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("full"), True), (MemoryError(), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False), (ValueError("no"), False)])
+def test_what_is_out_of_memory(error, expected):
+    assert runs.out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize("capabilities, private, expected", [
+    ({"avx512_bf16": True}, None, True), ({"amx_bf16": True}, None, True), ({"avx2": True}, None, False),
+    (None, (True, False), True), (None, (False, True), True), (None, (False, False), False)])
+def test_any_torch_knows_whether_a_cpu_has_bf16(monkeypatch, capabilities, private, expected):
+    """torch.cpu.get_capabilities came with 2.11."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        for name, value in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), private):
+            monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    assert runs.cpu_has_bf16() is expected
+
+
+def test_a_torch_without_distributed_runs_as_one_process(run, monkeypatch):
+    """It has neither rendezvous nor groups."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(runs, "dist", types.SimpleNamespace(is_available=lambda: False))
+    run.join()
+    assert (run.rank, run.world, run.agree(7)) == (0, 1, 7)
+    run.wait()
+    train_tiny(run)
 
 
 # ---- files
@@ -693,7 +760,7 @@ def test_two_processes_share_every_batch_and_train_as_one_does(run, tmp_path):
 
 def draw(run):
     draws = []
-    for epoch in run.epochs("x", 2, {"cell": torch.nn.Linear(1, 1)}, []):
+    for epoch in run.epochs("x", 2, {"static": torch.nn.Linear(1, 1)}, []):
         for batch, _ in epoch.batches(8, 4):
             draws.append((batch.tolist(), torch.rand(1, generator=epoch.rng).item(), torch.rand(1).item()))
             epoch.log(torch.zeros(()))
@@ -769,8 +836,9 @@ def torchrun(folder, *arguments, die_at=0):
 def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(smoke, tmp_path):
     """On the same static network. In a round the faster process takes more."""
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
-    died = torchrun(folder, "--stage", "search", die_at=4)
-    assert died.status != 0 and len(runs.read_log(folder / "search.jsonl")) < 4, died.output
+    died = torchrun(folder, "--stage", "search", die_at=2)        # in its first candidate
+    logged = [entry for name in LOGS for entry in runs.read_log(folder / name)]
+    assert died.status != 0 and len(logged) < 8, died.output
     done = torchrun(folder, "--stage", "search")
     assert done.status == 0, done.output
     for name in ("search.jsonl", "random.jsonl", "controller.pt"):
@@ -786,7 +854,7 @@ def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, t
     folder = copy_of(smoke, tmp_path / "died", "nothing")
     done = torchrun(whole, *flags)
     assert done.status == 0 and (whole / "results.json").exists(), done.output
-    died = torchrun(folder, *flags, die_at=9)                             # of the baseline's second epoch
+    died = torchrun(folder, *flags, die_at=14)        # the end of the baseline's second epoch; one is saved
     assert died.status != 0 and len(runs.load(folder / "baseline.pt")["optimizers"]) == 1, died.output
     done = torchrun(folder, *flags, "--stage", "finetune")
     assert done.status == 0, done.output

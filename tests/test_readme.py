@@ -1,0 +1,33 @@
+"""The README's Python runs as it stands, and its files and flags are there."""
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_snippet_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "frames").mkdir()
+    for name in "ab":                                     # two small frames for the first one
+        pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"{name}.png")
+    names = {}
+    exec(SNIPPETS[number], names)
+    if number == 0:
+        assert names["labels"].shape == (60, 80)
+    elif number == 1:
+        assert names["y"].shape == (1, 8, 32, 32)
+    else:
+        assert names["reward"].mean() > 0.5               # at random: 1/6
+
+
+def test_every_file_it_names_is_there():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"`((?:util|docs)/\w+\.\w+)`", README):
+        assert (ROOT / path).exists(), path
