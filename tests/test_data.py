@@ -355,6 +355,83 @@ def test_ones_own_dataset_is_a_few_lines(camvid):
         Mine(camvid, "train")
 
 
+def clips_of(*frames):
+    return [list(frames)]
+
+
+@pytest.mark.parametrize("attributes, said", [
+    ({"palette": [(0, 0, 0)] * 10}, r"Mine.palette: has shape \(10, 3\); it needs a colour .* of the 11 "
+                                    r"classes"),
+    ({"palette": [(0, 0, 300)] * 11}, "Mine.palette: .* 0 to 255"),
+    ({"classes": "sky road"}, "Mine.classes: is one text"),
+    ({"clips": clips_of(("a.png", "b.png"))}, r"Mine.clips: holds .*a.png.*data.Frame\(image, label\)"),
+    ({"clips": clips_of(Frame(np.zeros((2, 2, 3)), None))}, "Mine.clips: holds .*two paths"),
+    ({"clips": clips_of(Frame("a.png", None))}, "Mine.clips: no frame of train has a label"),
+])
+def test_what_a_dataset_must_have_is_checked(monkeypatch, attributes, said):
+    class Mine:
+        classes, palette, clips = CamVid.classes, CamVid.palette, clips_of(Frame("a.png", "b.png"))
+
+        def __init__(self, root, split):
+            pass
+
+        def read(self, frame):
+            pass
+
+    monkeypatch.setitem(data.DATASETS, "mine", Mine)
+    data.open_split("mine", None, "train")
+    for name, value in attributes.items():
+        monkeypatch.setattr(Mine, name, value)
+    with pytest.raises(InputError, match=said) as error:
+        data.open_split("mine", None, "train")
+    assert "\n" not in str(error.value)
+    monkeypatch.delattr(Mine, "read")
+    with pytest.raises(InputError, match="Mine.read: is not there|Mine"):
+        data.dataset_class("mine")
+
+
+@pytest.mark.parametrize("image, label, said", [
+    (np.zeros((6, 8, 3), np.uint8), np.full((6, 8), 11, np.uint8), "label 11 is none of 0 to 10"),
+    (np.zeros((6, 8, 3), np.float32), np.zeros((6, 8), np.uint8), "an image float32"),
+    (np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8), np.int64), "a label int64"),
+    (np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6), np.uint8), r"a label uint8 \(8, 6\)"),
+    (np.zeros((6, 8), np.uint8), np.zeros((6, 8), np.uint8), r"an image uint8 \(6, 8\)")])
+def test_what_a_datasets_read_gives_is_checked(camvid, image, label, said):
+    class Mine(CamVid):
+        def read(self, frame):
+            return image, label
+
+    with pytest.raises(InputError, match=said):
+        Frames(Mine(camvid, "train"))
+
+
+def test_sparse_labels_make_windows_that_end_with_one():
+    frames = [Frame(f"A_{k}.png", f"L_{k}.png" if k in (1, 4, 8) else None) for k in range(9)]
+    assert numbers(sequences([frames], 3)) == [[2, 3, 4], [6, 7, 8]]
+
+
+def test_an_image_is_turned_as_its_metadata_says(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:10, :10] = 255
+    for orientation, corner in ((1, (0, 0)), (3, (-1, -1)), (6, (0, -1)), (8, (-1, 0))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for kind in ("png", "jpg"):
+            path = tmp_path / f"{orientation}.{kind}"
+            Image.fromarray(pixels).save(path, exif=exif)
+            image = data.read_image(path)
+            assert image.shape == ((30, 20, 3) if orientation > 4 else (20, 30, 3))
+            assert image[corner].min() > 250
+            assert data.look_at_image(path) == image.shape[1::-1]
+
+
+def test_small_datasets_are_held_in_memory_and_large_ones_are_not(camvid, monkeypatch):
+    assert Frames(CamVid(camvid, "train"), None).images is not None
+    monkeypatch.setattr(Frames, "IN_MEMORY", 6 * 6 * 8 * 4)
+    frames = Frames(CamVid(camvid, "train"), None)
+    assert frames.images is None and frames.size == (6, 8)
+
+
 def test_a_dataset_whose_labels_have_more_classes_than_names(camvid):
     class Forgotten(CamVid):                                              # IDS are CamVid's still
         classes, palette = ["sky", "rest"], CamVid.palette[:2]
@@ -758,7 +835,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, count):
 
 @pytest.mark.parametrize("count", [90, pytest.param(600, marks=pytest.mark.slow)])
 def test_mutated_animations_are_read_or_refused(tmp_path, count):
-    from util.predict import read_frames
+    from util.predict import open_video
     rng, seeds, path, read = np.random.default_rng(1), [], tmp_path / "animation", []
     first, *rest = [Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(4)]
     for kind in ("GIF", "WEBP", "PNG"):
@@ -767,8 +844,8 @@ def test_mutated_animations_are_read_or_refused(tmp_path, count):
     for k in range(count):
         path.write_bytes(mutate(seeds[k % 3], rng))
         try:
-            number, frames = read_frames(path)
-            read.append(len(list(frames)) == number)
+            video = open_video(path)
+            read.append(len(list(video.read())) == len(video.names) == len(video.durations))
         except InputError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
     assert all(read) and count / 12 < len(read) < count * 5 / 6

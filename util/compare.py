@@ -17,11 +17,12 @@ import torch
 
 import data
 from data import InputError
-from dyncell import CELLS, Genotype, fold_batchnorm
-from util import figures
-from util.cells import DECODER, Decoder
+from dyncell import Genotype, fold_batchnorm
+from util import figures, weights
+from util.cells import DECODER, Decoder, cell_of
 from util.costs import milliseconds, milliseconds_in_turn, multiply_adds
-from util.progress import duration
+from util.memory import told
+from util.progress import Progress, duration
 from util.runs import fields_of, load, read_log, save, set_tf32
 
 TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
@@ -97,9 +98,9 @@ def networks(run):
                 if genotype == best[0] and looks_back and kind == "cell" and run.recipe.without_past:
                     title = f"{name}, the past zeroed"
                     chosen.append(Network(f"{name}-without-past", title, genotype, past=False))
-        for name in run.recipe.cell:
-            title = TITLES.get(name, name)
-            chosen.append(Network(f"cell-{name}", title, CELLS.get(name, DECODER)))
+        for text in run.recipe.cell:
+            name, genotype = cell_of(text)
+            chosen.append(Network(f"cell-{name}", TITLES.get(name, name), genotype))
     seeded = []
     for network in run.agree(chosen):
         seeded.append(network)
@@ -133,23 +134,33 @@ def done(run, stage):
         return run.agree(run.rank == 0 and searched(run))
     if stage == "finetune":
         return all(run.finished(network.name) for network in networks(run))
-    return run.agree(not Table(run).missing())
+    table = Table(run)
+    missing = table.missing()                                     # all processes look, one decides
+    return run.agree(not missing and table.finished)
 
 
 NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 
 
 @contextlib.contextmanager
-def stage(run, name):
-    """Around a stage: says whether anything is missing, how long it took, and draws what it made."""
+def stage(run, name, stages):
+    """Around a stage: says which of `stages` it is, whether anything is missing, how long it took, and draws
+    what it made."""
     if name in NEEDS and not run.finished(NEEDS[name]):
         raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
                          "needs it; run the stages before it first")
     start, missing = time.time(), not done(run, name)
     set_tf32(name != "evaluate")
     if missing:
-        data.each(run.frames, run.splits)                         # a broken file shows now
-    yield missing
+        Progress.stage = f"[{stages.index(name) + 1}/{len(stages)}] " if len(stages) > 1 else ""
+        print(f"{name}: stage {stages.index(name) + 1} of {len(stages)}", flush=True)
+    try:
+        with told(name, run.device):
+            if missing:
+                data.each(run.frames, run.splits)                 # a broken file shows now
+            yield missing
+    finally:
+        Progress.stage = ""
     said = f"done in {duration(time.time() - start)}" if missing else "nothing is missing"
     print(f"{name}: {said}", flush=True)
     if run.rank == 0:
@@ -157,7 +168,23 @@ def stage(run, name):
             print(f"{name}: drew {path}")
         if name == "evaluate":
             print_table(load(run.path("results.json")))
+            if run.recipe.static == "none" and run.recipe.static_epochs < 5:
+                print("\nThese numbers mean nothing: it was trained only to see that everything runs "
+                      f"(--static-epochs {run.recipe.static_epochs}).")
+        if name == stages[-1]:
+            print_next(run, name)
     run.wait()
+
+
+def print_next(run, name):
+    """What can be done after the last stage of a command."""
+    after = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
+    if name in after:
+        print(f"next: the same command with --stage {after[name]}")
+    else:
+        print(f"\nThe figures are in {run.path('figures')}. One's own video:\n    python train.py --stage "
+              f"predict "
+              f"--run {run.folder} --input FRAMES_DIR_OR_GIF --output OUT")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,12 +248,14 @@ class Table:
     """The rows of results.json, written as they come: an evaluation that was cut goes on."""
 
     def __init__(self, run):
-        self.run, self.path, self.rows = run, run.path("results.json"), []
-        fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name != "encoder_weights"]
+        self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
+        fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name not in weights.FILES]
         values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
         if self.path.exists():               # a row of networks that were trained otherwise is scored again
-            self.rows = [row for row in load(self.path)["rows"] if row.get("made_with") == self.made_with]
+            saved = load(self.path)
+            self.rows = [row for row in saved["rows"] if row.get("made_with") == self.made_with]
+            self.finished = "best" in saved
 
     def missing(self):
         """[(network, key-frame distances)] of the rows that no evaluation has scored yet; none for processes

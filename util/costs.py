@@ -124,7 +124,8 @@ def print_tables_1_and_2(device):
     operations = {name: make(channels).to(device).eval() for name, make in OPERATIONS.items()}
     aggregations = {name: make(channels).to(device).eval() for name, make in AGGREGATIONS.items()}
     print(f"At {channels} channels, {size[0]} x {size[1]} (1/8 of a CamVid frame), batch 1, float32, device "
-          f"{device},\n{torch.get_num_threads()} threads. MB kept: what a forward pass makes and keeps for the "
+          f"{device},\n{torch.get_num_threads()} threads. MB kept: what a forward pass makes and keeps for "
+          f"the "
           "backward pass, its\nresult included.")
     print_costs("Table 1: operations", operations, maps(1, 1, size))
     print_costs("Table 2: aggregations", aggregations, maps(2, 1, size))

@@ -116,8 +116,11 @@ def download(url, path, remedy, sha256="", size=None):
 
 def check_file(path, sha256, size, wrong, remedy=""):
     """Raises ValueError unless the file has this size (if given) and its SHA-256 begins so."""
+    digest = hashlib.sha256()
     with open(path, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+        while block := content.read(2 ** 20):
+            digest.update(block)
+    found = digest.hexdigest()
     if not found.startswith(sha256) or size not in (None, path.stat().st_size):
         raise ValueError(f"{wrong}, its SHA-256 begins with {found[:8]}{remedy}")
 

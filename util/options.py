@@ -12,18 +12,19 @@ import torch.distributed as dist
 
 import data
 from data import InputError
-from dyncell import CELLS
-from util import download
-from util.cells import DECODER
+from util import download, memory, weights
+from util.cells import cell_text
 from util.compare import SEARCHES
 from util.runs import Run, check_recipe, flag, load, locked, save
 
-CHOICES = {"early_stop_rule": ("as-in-18", "average"), "search_strategy": ("ppo", "random", "both"), "cell": (*CELLS, DECODER)}
-MAY_BE_ZERO = ("gradient_norm", "controller_replay", "seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay", "momentum",
-               "controller_entropy", "auxiliary_weight", "poly_power", "cells", "cell_dropout",
-               "latency_weight", "latency_target", "end_epochs")
+CHOICES = {"early_stop_rule": ("as-in-18", "average"), "search_strategy": ("ppo", "random", "both")}
+MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay",
+               "gradient_norm", "momentum", "controller_entropy", "controller_replay",
+               "auxiliary_weight", "poly_power", "cells", "cell_dropout", "latency_weight", "latency_target",
+               "end_epochs")
 BELOW_ONE = ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum",
              "cell_dropout")
+FOR_PREDICT = {"input": None, "output": None, "network": None, "key_frame_every": 0}      # and their defaults
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,11 +46,11 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     parser.add_argument("--stage", choices=[*stages, "predict"], help="this stage only")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
     own = parser.add_argument_group("--stage predict")
-    own.add_argument("--input", help="a folder of frames (.png, .jpg, in name order), an animated GIF, "
-                                     "WebP or "
-                                     "APNG, or one image")
+    own.add_argument("--input", help="a folder of frames (.png, .jpg, in numeric order), an animated GIF, "
+                                     "WebP or APNG, or one image")
     own.add_argument("--output", help="folder for label maps, overlays and the animation")
-    own.add_argument("--network", help="static, baseline, cell-0, ... (default: the cell best on val)")
+    own.add_argument("--network", help="static, baseline, cell-0, ..., or a checkpoint's path (default: "
+                                       "the cell best on val)")
     own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
                      help="static network on every Nth frame; 0 (default): on the first only")
     fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
@@ -72,22 +73,42 @@ def parse(arguments, Recipe, recipe_for, stages, description):
         if hasattr(command, field.name):
             value = getattr(command, field.name)
             given[field.name] = tuple(value) if isinstance(value, list) else value
+    if "cell" in given:
+        given["cell"] = tuple(dict.fromkeys(map(cell_text, given["cell"])))
     dataset = given.get("dataset", "synthetic")
-    command.run = pathlib.Path(command.run or f"runs/{dataset}")
+    command.given, command.run = given, pathlib.Path(command.run or f"runs/{dataset}")
     command.stages = [command.stage] if command.stage else list(stages)
     path = command.run / "recipe.json"
-    if command.stage and not command.schedule and path.exists():  # one stage takes what the folder says
+    if command.stage == "predict":           # the checkpoint says the rest
+        command.recipe = recipe_for(**{"dataset": dataset, "schedule": command.schedule or "paper", **given})
+    elif command.stage and not command.schedule and path.exists():        # it takes what the folder says
         command.recipe = dataclasses.replace(as_recipe(load(path), path, Recipe), **given)
     else:
         schedule = command.schedule or ("short" if dataset == "synthetic" else "paper")
         command.recipe = recipe_for(**{"dataset": dataset, "schedule": schedule, **given})
     check(command.recipe)
+    check_flags(command)
+    return command
+
+
+def check_flags(command):
+    """Raises InputError for a flag that is missing, or that does nothing in this call."""
     if command.stage == "predict":
         if not command.input or not command.output:
             raise InputError("--input and --output: needed for --stage predict")
         if command.key_frame_every < 0:
             raise InputError(f"--key-frame-every {command.key_frame_every}: must be 0 or more")
-    return command
+        if command.data:
+            raise InputError("--data: does nothing with --stage predict, which reads --input; leave it out")
+        return
+    for name, default in FOR_PREDICT.items():
+        if getattr(command, name) != default:
+            raise InputError(f"{flag(name)}: does nothing without --stage predict; add that or leave it out")
+    if command.data and command.recipe.dataset == "synthetic":
+        raise InputError("--data: does nothing with the synthetic videos, which are drawn; name its "
+                         "--dataset, camvid or cityscapes, or leave it out")
+    if command.recipe.latency_target and not command.recipe.latency_weight:
+        raise InputError("--latency-target: does nothing without --latency-weight; give that or leave it out")
 
 
 def as_recipe(saved, path, Recipe):
@@ -108,8 +129,9 @@ def check(recipe):
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (bool, str)):
                 continue
-            if not math.isfinite(number) or number < 0 or number == 0 and name not in MAY_BE_ZERO:
-                least = "0 or more" if name in MAY_BE_ZERO else "more than 0"
+            may_be_zero = name in MAY_BE_ZERO or name == "static_epochs" and recipe.static != "none"
+            if not math.isfinite(number) or number < 0 or number == 0 and not may_be_zero:
+                least = "0 or more" if may_be_zero else "more than 0"
                 raise InputError(f"{flag(name)} {number}: must be {least}")
         if name in BELOW_ONE and value >= 1:
             raise InputError(f"{flag(name)} {value}: must be below 1")
@@ -130,23 +152,22 @@ def check(recipe):
 def find_data(run):
     """Fetches the data if it can be and looks at what is there, before anything is written: InputError with
     all problems."""
-    dataset, length = data.DATASETS[run.recipe.dataset], run.recipe.sequence_length
+    dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
         download.fetch(dataset, run.root)
     run.wait()
     try:
-        splits = data.each(lambda split: dataset(run.root, split), run.splits)
+        splits = data.each(run.dataset, run.splits)
     except InputError:                       # the rest is looked at as well, so that all is said at once
         data.each(run.frames, run.splits)
         raise
     count = len(data.sequences(splits["train"].clips, length))
     if not count:
         raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a "
-                         "row")
+                         "row that end with a labelled one")
     if count < 2 * run.world:
         raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each "
-                         f"process "
-                         "needs two, gap's batch norm has one value an image")
+                         "process needs two, gap's batch norm has one value an image")
 
 
 def check_folder(run):
@@ -170,6 +191,8 @@ def open_run(command):
     run.join()
     find_data(run)
     check_folder(run)
+    if "pretrain" in command.stages and not run.path("static.pt").exists():
+        weights.look(run.recipe)
     with locked(run):
         path, recipe = run.path("recipe.json"), json.loads(json.dumps(dataclasses.asdict(run.recipe)))
         if run.rank == 0 and not (path.exists() and load(path) == recipe):
@@ -178,6 +201,7 @@ def open_run(command):
         if run.world > 1:
             threads += f" in each of {run.world} processes"
         print(f"{run.folder}: {run.recipe.dataset} on {run.device}, {threads}")
+        memory.warn(run, command.stages)
         yield run
     if run.world > 1:
         dist.destroy_process_group()

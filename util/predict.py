@@ -1,82 +1,275 @@
-"""One's own video: label maps, overlays and an animation, by a network that was trained before."""
+"""One's own video: label maps, overlays and an animation, by a network that was trained before.
+
+In the order of the file: the frames, the network, the work."""
+import collections
+import contextlib
+import hashlib
+import json
 import math
 import pathlib
+import re
 import time
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import data
 from data import InputError
-from dyncell import fold_batchnorm
-from util import figures
+from dyncell import Arch2, VideoSegmenter, fold_batchnorm
+from util import figures, weights
+from util.cells import make_cell
 from util.compare import distance
+from util.costs import usable_device
+from util.memory import told
 from util.progress import Progress
-from util.runs import Run, load
+from util.runs import best_device, fill, flag, load, save
 
-ANIMATION = 100, 480                         # frames and width, at most, of the animated picture: it is made in memory
+ANIMATION = 100, 480                         # frames and width, at most, of the animation, made in memory
+VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".split()
 
 
-def read_frames(source):
-    """A folder of frames in name order, an animated GIF, WebP or APNG, or one image -> their number, and a
-    generator of (name, (H, W, 3) uint8), which holds one frame at a time."""
+# ---------------------------------------------------------------------------------------------------------
+# The frames
+
+Video = collections.namedtuple("Video", "names durations size read digest")
+# size: (width, height); read(start): a generator of (H, W, 3) uint8 from frame `start` on, one at a time in
+# memory; durations in ms; digest: of the frames' names and the files' sizes
+
+
+def open_video(source):
+    """A folder of frames in numeric order, an animated GIF, WebP or APNG, or one image -> Video.
+
+    Every frame is looked at; InputError names all that can't be used."""
     source = pathlib.Path(source)
     if source.is_dir():
-        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        if not paths:
-            raise InputError(f"{source}: holds no .png or .jpg; --input is a folder of frames, an animation or one image")
-        return len(paths), ((path.stem, data.read_image(path)) for path in paths)
+        return open_folder(source)
+    if is_video(source):
+        raise InputError(f"{source}: is a video; make frames of it, mkdir frames; ffmpeg -i {source} "
+                         "frames/%06d.png, and pass --input frames")
     formats = (*data.FORMATS, "GIF", "WEBP")
-    data.read_image(source, formats)                                      # says what is wrong with it
-    animation = Image.open(source, formats=formats)
+    data.read_image(source, formats)                              # says what is wrong with it
+    animation, durations = Image.open(source, formats=formats), []
+
+    def read(start=0):
+        several = getattr(animation, "n_frames", 1) > 1
+        if not several or animation.format == "MPO":              # a phone's: the second is a preview
+            yield data.read_image(source, formats)
+            return
+        for k, frame in enumerate(ImageSequence.Iterator(animation)):
+            pixels = np.array(frame.convert("RGB"))
+            durations[k:] = [frame.info.get("duration") or 100]   # WebP says it when it has been decoded
+            if k >= start:
+                yield pixels
+    count = 0
     try:
-        count = getattr(animation, "n_frames", 1)
+        for image in read():
+            count += 1
     except Exception as error:               # Pillow's decoders raise many kinds
-        raise InputError(f"{source}: its frames cannot be counted ({error})") from None
+        reason = data.brief(error)
+        raise InputError(f"{source}: frame {count} cannot be decoded ({reason}); make it anew") from None
+    names = [source.stem] if count == 1 else [f"{source.stem}_{k:05d}" for k in range(count)]
+    return Video(names, durations or [100], image.shape[1::-1], read, digest_of([source]))
 
-    def frames():
-        for k in range(count):
-            try:
-                animation.seek(k)
-                pixels = np.array(animation.convert("RGB"))
-            except Exception as error:
-                raise InputError(f"{source}: frame {k} cannot be decoded ({error}); the frames before it are done") from None
-            yield f"{source.stem}_{k:05d}" if count > 1 else source.stem, pixels
-    return count, frames()
 
+def open_folder(folder):
+    paths, others = [], []
+    for path in sorted(folder.iterdir(), key=numeric):
+        if path.name[0] != ".":              # hidden
+            (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
+    if not paths:
+        for path in filter(is_video, others):
+            return open_video(path)                               # says what to do with it
+        raise InputError(f"{folder}: holds no .png or .jpg; --input is a folder of frames, an animation or "
+                         "one image")
+    sizes, problems, names, progress = {}, [], {}, Progress("looking at the frames", len(paths))
+    for k, path in enumerate(paths):
+        other = names.setdefault(path.stem, path)
+        if other != path:
+            problems.append(f"{path}: would be written to the same file as {other.name}; rename or remove "
+                            "one")
+        try:
+            sizes[path] = data.look_at_image(path)
+        except InputError as error:
+            problems += error.args
+        progress.update(k + 1)
+    usual = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
+    for path, size in sizes.items():
+        if size != usual:
+            problems.append(f"{path}: {size[0]} x {size[1]}, most others {usual[0]} x {usual[1]}; the "
+                            "frames of a video must have one size")
+    if problems:
+        raise InputError(*problems)
+    if others:
+        print(f"predict: {len(others)} other files of {folder} are passed over, {others[0].name} for one")
+
+    def read(start=0):
+        return map(data.read_image, paths[start:])
+    return Video(list(names), [100] * len(paths), usual, read, digest_of(paths))
+
+
+def numeric(path):
+    """frame2 before frame10."""
+    parts = re.split(r"(\d+)", path.stem)                         # every second one is a number
+    return [int(part) if k % 2 else part for k, part in enumerate(parts)], path.name
+
+
+def is_video(path):
+    """By name or by content: MP4 and MOV, Matroska and WebM, AVI."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(12)
+        return (path.suffix.lower() in VIDEOS or head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
+                or head[:4] + head[8:] == b"RIFFAVI ")
+    return False
+
+
+def digest_of(paths):
+    text = [f"{path.name} {path.stat().st_size}" for path in paths]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The network
+
+def find_network(run, network):
+    """The path of a checkpoint: a file anywhere, or a name in the run's folder; None: the run's best."""
+    there = []
+    for path in sorted(run.glob("*.pt")):
+        if path.stem not in ("controller", "examples") and not path.stem.endswith("-alone"):
+            there.append(path.stem)
+    if network is None:
+        results = run / "results.json"
+        best = load(results).get("best") if results.exists() else None
+        wanted = [name for name in (best, "cell-0", "baseline", "static") if name in there]
+        network = wanted[0] if wanted else "static"
+    if network in there:
+        return run / f"{network}.pt"
+    if pathlib.Path(network).is_file():
+        return pathlib.Path(network)
+    listed = f"there are {', '.join(there)}" if there else "no network is there, so train one, or pass --run"
+    raise InputError(f"{run / network}.pt: no such file; {listed}; --network takes a checkpoint's path, too")
+
+
+def open_network(path, command):
+    """A checkpoint -> network, its classes, palette, recipe (a dict) and the frame size it knows, or None.
+
+    The checkpoint is enough: it holds its recipe, and the classes and their colours."""
+    saved = weights.read(path, "--network takes a network trained by this program")
+    if not isinstance(saved, dict) or "static" not in saved:
+        raise InputError(f"{path}: holds no network; --network takes static, baseline, a cell, or a "
+                         "checkpoint's path")
+    if "optimizers" in saved:
+        raise InputError(f"{path}: is not finished; the command that began it continues")
+    recipe = saved.get("recipe") or {}
+    name = recipe.get("dataset", command.given.get("dataset"))
+    kind = data.DATASETS.get(name)
+    if "classes" not in saved and kind is None:
+        raise InputError(f"{path}: says nothing of its classes; name its dataset by --dataset "
+                         f"{'|'.join(data.DATASETS)}")
+    check_flags(path, recipe, command)
+    classes, palette = saved.get("classes") or kind.classes, saved.get("palette")
+    if not palette:
+        palette = kind.palette
+    static, cell = Arch2(len(classes)), None
+    fill(static, saved["static"], path)
+    if "cell" in saved:
+        cell = make_cell(saved["genotype"], static, saved.get("past", True))
+        fill(cell, saved["cell"], path)
+    device = usable_device(command.device or best_device())
+    video = fold_batchnorm(VideoSegmenter(static, cell, pad=recipe.get("input_pad", 0)).to(device))
+    return video, classes, palette, recipe, saved.get("size") or getattr(kind, "SIZE", None)
+
+
+def check_flags(path, recipe, command):
+    """Raises InputError for a flag of another recipe: it would do nothing."""
+    asked = vars(command.recipe) if command.schedule else command.given
+    for name, value in json.loads(json.dumps(asked)).items():
+        there = json.loads(json.dumps(recipe)).get(name, value)
+        if there != value and name != "encoder_weights":
+            raise InputError(f"{flag(name)} {value}: does nothing with --stage predict, {path} was made "
+                             f"with {there}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The work
 
 def predict(command):
-    """Label maps, overlays and one animation of a video. Memory doesn't grow with its length."""
-    output, source, every = pathlib.Path(command.output), command.input, command.key_frame_every
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: holds files already; nothing is overwritten, so choose another --output")
-    run = Run(command.run, command.recipe, device=command.device)
-    results = run.path("results.json")
-    network = command.network or (load(results)["best"] if results.exists() else "cell-0")
-    video = fold_batchnorm(run.load(network))
-    palette = data.DATASETS[run.recipe.dataset].palette
-    count, frames = read_frames(source)
-    for folder in ("labels", "overlay"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-    print(f"predict: {count} frames by {network}, key frame {distance(every)}")
-    progress, start, animation, skip = Progress("predict", count), time.time(), [], math.ceil(count / ANIMATION[0])
-    state, size = None, None
-    for k, (name, image) in enumerate(frames):
-        size = size or image.shape
-        if image.shape != size:
-            raise InputError(f"{source}: frame {name} is {image.shape[1]} x {image.shape[0]}, the first {size[1]} x {size[0]}; "
-                             "the frames of a video must have one size (those before it are done)")
+    """Label maps, overlays and one animation of a video. Memory doesn't grow with its length. The same
+    command again does what is missing."""
+    path, every = find_network(command.run, command.network), command.key_frame_every
+    network, classes, palette, recipe, size = open_network(path, command)
+    video, output = open_video(command.input), pathlib.Path(command.output)
+    work = {"frames": video.digest, "network": weights.digest(path), "key_frame_every": every}
+    done = begin(output, work, video.names, path)
+    width, height = video.size
+    there = f"; {done} are there already" if done else ""
+    frames = f"{len(video.names)} frames" if len(video.names) > 1 else "1 frame"
+    print(f"predict: {frames} by {path.stem}, key frame {distance(every)}, {width} x {height}{there}")
+    if size and not 1 / 2 <= min(video.size) / min(size) <= 2:
+        print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; on others it guesses, "
+              "so resize them to about that")
+    write_classes(output, classes, palette)
+    ids = None
+    if list(classes) == data.CityScapes.classes:                  # for its evaluation server
+        ids = np.array(data.CityScapes.EVALUATED, np.uint8)
+        (output / "labelIds").mkdir(exist_ok=True)
+    # The state of the frame before is made again from the last key frame: those frames are not written.
+    start = done if network.cell is None else done - done % every if every else 0
+    progress, since, state = Progress("predict", len(video.names), done=start), time.time(), None
+    images = video.read(start) if done < len(video.names) else ()
+    for k, image in enumerate(images, start):
         if every and k % every == 0:
             state = None
-        labels, state = video.segment(image, state)
-        labels = labels.cpu().numpy()
-        overlaid = Image.fromarray(figures.overlay(image, labels, palette))
-        figures.save_indexed(output / "labels" / f"{name}.png", labels, palette)
-        overlaid.save(output / "overlay" / f"{name}.png")
-        if k % skip == 0:
-            overlaid.thumbnail((ANIMATION[1], 10000))
-            animation.append(overlaid)
-        progress.update(k + 1, frames_per_second=(k + 1) / (time.time() - start))
-    animation[0].save(output / "overlay.webp", save_all=True, append_images=animation[1:], duration=100, loop=0, quality=70)
-    rare = f" (one frame in {skip})" if skip > 1 else ""
-    print(f"predict: wrote {output}: labels/ (indexed PNG, class numbers), overlay/, overlay.webp{rare}")
+        with told("predict", command.device or best_device()):
+            labels, state = network.segment(image, state)
+        if k >= done:
+            labels, name = labels.cpu().numpy(), f"{video.names[k]}.png"
+            if ids is not None:
+                figures.save_png(output / "labelIds" / name, Image.fromarray(ids[labels]))
+            overlaid = Image.fromarray(figures.overlay(image, labels, palette))
+            figures.save_png(output / "overlay" / name, overlaid, "an overlay")
+            figures.save_indexed(output / "labels" / name, labels, palette)       # the last of a frame
+        progress.update(k + 1, frames_per_second=(k + 1 - start) / (time.time() - since))
+    rare = animate(output, video)
+    folders = "labels/ (indexed PNG, class numbers), " + ("labelIds/, " if ids is not None else "")
+    print(f"predict: wrote {output}: {folders}overlay/, overlay.webp{rare}, classes.json, legend.png")
+
+
+def begin(output, work, names, path):
+    """Makes the folder; the number of frames that are done in it, if it is this work's. Nothing else is
+    written over."""
+    record = output / "predict.json"
+    if record.exists() and load(record) != work:
+        raise InputError(f"{output}: holds a prediction of other frames or by another network than {path}; "
+                         "choose another --output")
+    if output.exists() and not record.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: holds files already; nothing is overwritten, so choose another --output")
+    for folder in ("labels", "overlay"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    save(record, work)
+    done = 0
+    while done < len(names) and (output / "labels" / f"{names[done]}.png").exists():
+        done += 1
+    return done
+
+
+def write_classes(output, classes, palette):
+    """classes.json and legend.png: what the numbers and the colours of the label maps are."""
+    colours = [[int(part) for part in colour] for colour in palette]
+    rows = [{"value": k, "name": name, "colour": colours[k]} for k, name in enumerate(classes)]
+    save(output / "classes.json", rows)
+    canvas = figures.Canvas(480, 40 + 26 * len(classes))
+    canvas.height = 20 + canvas.legend(16, 20, 448, figures.class_legend(classes, colours)[:-1])
+    figures.save_png(output / "legend.png", canvas.finished(), "a legend")
+
+
+def animate(output, video):
+    """overlay.webp of the overlays, in the input's timing; what is to be said of it."""
+    skip, frames, durations = math.ceil(len(video.names) / ANIMATION[0]), [], []
+    for k in range(0, len(video.names), skip):
+        frame = Image.open(output / "overlay" / f"{video.names[k]}.png")
+        frame.thumbnail((ANIMATION[1], 10000))
+        frames.append(frame)
+        durations.append(sum(video.durations[k:k + skip]))
+    frames[0].save(output / "overlay.webp", save_all=True, append_images=frames[1:], duration=durations,
+                   loop=0, quality=70)
+    return f" (one frame in {skip})" if skip > 1 else ""

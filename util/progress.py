@@ -9,6 +9,8 @@ class Progress:
     total: steps in all, 0 if that is unknown; done: steps made before. The first line that says how long
     the stage will take on this device comes after 20 seconds, when that has been measured."""
 
+    stage = ""                               # "[2/4] " while a command of several stages works
+
     def __init__(self, title, total, done=0, unit=""):
         self.title, self.total, self.first, self.unit = title, total, done, unit
         self.start = self.last = time.time()
@@ -20,10 +22,11 @@ class Progress:
         if self.total and not self.estimated and made > 1 and now - self.start > 20:
             self.estimated = True
             each = (now - self.start) / made
-            self.say(f"{self.title}: {self.total} steps, {each:.2f} s each: about {duration(left)}")
+            self.say(f"{self.stage}{self.title}: {self.total} steps, {each:.2f} s each: about "
+                     f"{duration(left)} left")
         if now - self.last > (0.2 if self.tty else 30) or done == self.total:
             self.last = now
-            text = f"{self.title} {done:,}{f'/{self.total:,}' if self.total else ''}{self.unit}  "
+            text = f"{self.stage}{self.title} {done:,}{f'/{self.total:,}' if self.total else ''}{self.unit}  "
             text += "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
             text += f"  {duration(left)} left" if self.total and done < self.total else ""
             self.say(text, end="" if self.tty and done != self.total else "\n")

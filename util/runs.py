@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -141,7 +142,7 @@ def check_recipe(path, saved, recipe, stage):
     if missing := [name for name in names if name not in saved]:
         raise InputError(f"{path}: made by another version, which had no {', '.join(missing[:6])}; use "
                          "another --run")
-    names.remove("encoder_weights")                               # compared by content, in Run.check_source
+    names = [name for name in names if name not in weights.FILES]         # by content, in Run.check_source
     if differing := [name for name in names if saved[name] != now[name]]:
         there = "; ".join(f"{name} {saved[name]!r} there, {now[name]!r} now" for name in differing[:6])
         more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
@@ -331,9 +332,8 @@ class Run:
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
         self.rank, self.world, self.store, self.progress = 0, 1, None, None
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            chosen = torch.device(device or best)
+            chosen = torch.device(device or best_device())
             if chosen.type == "cuda" and launched():                      # a GPU for each process, if there are
                 chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             if chosen.type == "cuda" and chosen.index is not None:        # before cuda:0 is made ready
@@ -345,7 +345,7 @@ class Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         set_tf32(False)
-        self.num_classes = len(data.DATASETS[recipe.dataset].classes)
+        self.num_classes = len(data.dataset_class(recipe.dataset).classes)
         self.splits = ("train", "val", "test")
         if recipe.dataset == "cityscapes":                        # it keeps its test labels back
             self.splits = ("train", "val")
@@ -391,14 +391,13 @@ class Run:
     # -- data and device
 
     def dataset(self, split):
-        return data.DATASETS[self.recipe.dataset](self.root, split)
+        return data.open_split(self.recipe.dataset, self.root, split)
 
     def frames(self, split):
         """The frames of a split, read once."""
         if split not in self._frames:
             progress = Progress(f"looking at every frame of {split}", 0)
-            in_memory = self.recipe.dataset != "cityscapes"
-            self._frames[split] = data.Frames(self.dataset(split), in_memory, self.device, show=progress.show)
+            self._frames[split] = data.Frames(self.dataset(split), None, self.device, show=progress.show)
         return self._frames[split]
 
     def autocast(self):
@@ -457,6 +456,10 @@ class Run:
                                     if not key.startswith("auxiliary.")}
             if name == "static":
                 more["source"] = self.source()
+            if "static" in states:           # what predict needs besides
+                kind = data.dataset_class(self.recipe.dataset)
+                more.update(classes=list(kind.classes), palette=np.asarray(kind.palette).tolist(),
+                            size=self._frames["train"].size if "train" in self._frames else None)
             save(self.path(f"{name}.pt"), {**states, **more, "recipe": dataclasses.asdict(self.recipe)})
 
     def finished(self, name):
@@ -506,7 +509,7 @@ class Run:
 
     def source(self):
         if not hasattr(self, "_source"):
-            self._source = {"encoder_weights": weights.digest(self.recipe.encoder_weights)}
+            self._source = {name: weights.digest(getattr(self.recipe, name)) for name in weights.FILES}
             if self.root is not None:
                 self._source["data"] = data_digest(self.dataset("train"))
         return self._source
@@ -515,7 +518,7 @@ class Run:
         """What is not there any more (the weights) or not given (the data, for predict) is not asked for."""
         for key, value in self.source().items():
             if value and saved.get(key) and saved[key] != value:
-                given = {"encoder_weights": self.recipe.encoder_weights, "data": self.root}[key]
+                given = self.root if key == "data" else getattr(self.recipe, key)
                 raise InputError(f"{path}: was trained on another content of {flag(key)} than {given} has; "
                                  "give that, or use another --run")
             self._source[key] = saved.get(key) or value
@@ -529,6 +532,10 @@ def data_digest(dataset):
             for path in map(pathlib.Path, filter(None, frame)):
                 digest.update(f"{path.name} {path.stat().st_size if path.exists() else 0}\n".encode())
     return digest.hexdigest()[:8]
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def keep_freed_memory():

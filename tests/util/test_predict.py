@@ -8,7 +8,7 @@ from whole_run import small, smoke
 import data
 import train
 from data import InputError
-from util import options, predict, runs
+from util import figures, options, predict, runs
 
 
 @pytest.fixture
@@ -71,22 +71,59 @@ def spoil(folder, fault):
     if fault == "size":
         Image.new("RGB", (48, 64)).save(path)
     elif fault == "broken":
-        path.write_bytes(path.read_bytes()[:100])
+        path.write_bytes(path.read_bytes()[:1000])
+    elif fault == "jpeg":
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+        path = path.with_suffix(".jpg")
+        path.write_bytes(path.read_bytes()[:500])
+    elif fault == "twice":
+        Image.open(path).save(path.with_suffix(".jpg"))
     else:
         for path in folder.iterdir():
             path.unlink()
 
 
-@pytest.mark.parametrize("fault, said, done", [
-    ("size", "000_0002 is 48 x 64, the first 64 x 48", 2),
-    ("broken", "000_0002.png: is not an image", 2),
-    ("empty", "holds no .png or .jpg", 0)])
-def test_what_is_wrong_with_a_frame_is_said_and_those_before_are_done(
-        smoke, frames_folder, tmp_path, fault, said, done):
+@pytest.mark.parametrize("fault, said", [
+    ("size", "000_0002.png: 48 x 64, most others 64 x 48"), ("broken", "000_0002.png: is not an image"),
+    ("jpeg", "000_0002.jpg: is not an image"), ("empty", "holds no .png or .jpg"),
+    ("twice", "000_0002.png: would be written to the same file as 000_0002.jpg")])
+def test_what_is_wrong_with_a_frame_is_said_before_the_work(smoke, frames_folder, tmp_path, fault, said):
     spoil(frames_folder, fault)
     with pytest.raises(InputError, match=said):
         run_predict(smoke, frames_folder, tmp_path / "out", "--network", "static")
-    assert len(list((tmp_path / "out").glob("labels/*"))) == done
+    assert not (tmp_path / "out").exists()
+
+
+class Stop(Exception):
+    """Ctrl-C, to the work."""
+
+
+@pytest.mark.parametrize("network", ["static", "cell-0"])
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_prediction_that_was_stopped_continues_to_the_same_pictures(
+        smoke, frames_folder, tmp_path, monkeypatch, network, every):
+    flags, written = ("--network", network, "--key-frame-every", str(every)), figures.save_indexed
+    run_predict(smoke, frames_folder, tmp_path / "whole", *flags)
+
+    def stop(path, *more):
+        if path.stem.endswith("3"):
+            raise Stop
+        written(path, *more)
+    monkeypatch.setattr(figures, "save_indexed", stop)
+    with pytest.raises(Stop):
+        run_predict(smoke, frames_folder, tmp_path / "out", *flags)
+    monkeypatch.setattr(figures, "save_indexed", written)
+    assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
+    run_predict(smoke, frames_folder, tmp_path / "out", *flags)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    with pytest.raises(InputError, match="out: holds a prediction of other frames or by another network"):
+        run_predict(smoke, frames_folder, tmp_path / "out", "--network", "baseline")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_is_overwritten(smoke, frames_folder, tmp_path):
