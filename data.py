@@ -16,7 +16,6 @@ your own videos, write such a class (20 lines on top of `Files`, as `CamVid` is)
 import collections
 import contextlib
 import math
-import os
 import pathlib
 import re
 import signal
@@ -243,36 +242,6 @@ def ids(pairs):
     for value, label in pairs:
         table[value] = label
     return table
-
-
-def dataset_class(name):
-    """The class of this name in DATASETS. Raises InputError where what all else relies on is not there."""
-    kind = DATASETS[name]
-    for attribute in ("classes", "palette", "read"):
-        if not hasattr(kind, attribute):
-            raise InputError(f"{kind.__name__}.{attribute}: is not there; a dataset is a class with "
-                             "classes, palette, clips and read(frame), as data.Files is")
-    if isinstance(kind.classes, str):
-        raise InputError(f"{kind.__name__}.classes: is one text; make it a list of names")
-    palette = np.asarray(kind.palette)
-    if palette.shape != (len(kind.classes), 3) or palette.min() < 0 or palette.max() > 255:
-        raise InputError(f"{kind.__name__}.palette: has shape {palette.shape}; it needs a colour of three "
-                         f"numbers, 0 to 255, for each of the {len(kind.classes)} classes")
-    return kind
-
-
-def open_split(name, root, split):
-    """A split of the dataset of this name, looked at. Raises InputError."""
-    dataset = dataset_class(name)(root, split)
-    said = f"{type(dataset).__name__}.clips"
-    for clip in dataset.clips:
-        for frame in clip:
-            if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
-                raise InputError(f"{said}: holds {brief(repr(frame))[:60]}; it is a list of clips, each a "
-                                 "list of data.Frame(image, label), two paths")
-    if not any(frame.label is not None for clip in dataset.clips for frame in clip):
-        raise InputError(f"{said}: no frame of {split} has a label; every split needs some")
-    return dataset
 
 
 class Files:
@@ -729,7 +698,7 @@ def wrong_pixels(image, label, num_classes):
 def main(arguments=None):
     import argparse
 
-    from util import download, figures
+    from util import datasets, download, figures
     from util.progress import Progress
     parser = argparse.ArgumentParser(
         description="Prints what each split of a dataset holds: clips, windows, share of each class. Draws a "
@@ -739,19 +708,19 @@ def main(arguments=None):
     parser.add_argument("--output", default="contact-sheet.png",
                         help="the sheet's file (default: %(default)s); replaces a sheet, and no other file")
     args = parser.parse_args(arguments)
-    kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
+    kind, root = datasets.dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     figures.check_output(args.output)
     download.fetch(kind, root)
 
     def look(split):
-        dataset = open_split(args.dataset, root, split)
+        dataset = datasets.open_split(args.dataset, root, split)
         Frames(dataset, in_memory=False, show=Progress(f"{split}: looking at frames", 0).show)
         return dataset
 
-    datasets = each(look, ("train", "val") if kind is CityScapes else ("train", "val", "test"))
-    for split, dataset in datasets.items():
+    splits = each(look, ("train", "val") if kind is CityScapes else ("train", "val", "test"))
+    for split, dataset in splits.items():
         describe(split, dataset)
-    figures.save_png(args.output, figures.contact_sheet(datasets).finished(), figures.CONTACT_SHEET)
+    figures.save_png(args.output, figures.contact_sheet(splits).finished(), figures.CONTACT_SHEET)
     print(f"wrote {args.output}")
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+from util import datasets
 from data import CamVid, CityScapes, Confusion, Consistency, Frame, Frames, InputError, Synthetic, sequences
 
 CAMVID = pathlib.Path(__file__).parents[2] / "shared" / "camvid"
@@ -379,15 +380,15 @@ def test_what_a_dataset_must_have_is_checked(monkeypatch, attributes, said):
             pass
 
     monkeypatch.setitem(data.DATASETS, "mine", Mine)
-    data.open_split("mine", None, "train")
+    datasets.open_split("mine", None, "train")
     for name, value in attributes.items():
         monkeypatch.setattr(Mine, name, value)
     with pytest.raises(InputError, match=said) as error:
-        data.open_split("mine", None, "train")
+        datasets.open_split("mine", None, "train")
     assert "\n" not in str(error.value)
     monkeypatch.delattr(Mine, "read")
     with pytest.raises(InputError, match="Mine.read: is not there|Mine"):
-        data.dataset_class("mine")
+        datasets.dataset_class("mine")
 
 
 @pytest.mark.parametrize("image, label, said", [

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import data
 from data import InputError
-from util import download, memory, weights
+from util import datasets, download, memory, weights
 from util.cells import cell_text
 from util.compare import SEARCHES
 from util.runs import Run, check_recipe, flag, load, locked, save
@@ -152,7 +152,7 @@ def check(recipe):
 def find_data(run):
     """Fetches the data if it can be and looks at what is there, before anything is written: InputError with
     all problems."""
-    dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
+    dataset, length = datasets.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
         download.fetch(dataset, run.root)
     run.wait()

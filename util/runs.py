@@ -35,7 +35,7 @@ import torch.distributed as dist
 import data
 from data import InputError
 from dyncell import Arch2, VideoSegmenter
-from util import weights
+from util import datasets, weights
 from util.cells import as_text, make_cell
 from util.progress import Progress
 
@@ -345,7 +345,7 @@ class Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         set_tf32(False)
-        self.num_classes = len(data.dataset_class(recipe.dataset).classes)
+        self.num_classes = len(datasets.dataset_class(recipe.dataset).classes)
         self.splits = ("train", "val", "test")
         if recipe.dataset == "cityscapes":                        # it keeps its test labels back
             self.splits = ("train", "val")
@@ -391,7 +391,7 @@ class Run:
     # -- data and device
 
     def dataset(self, split):
-        return data.open_split(self.recipe.dataset, self.root, split)
+        return datasets.open_split(self.recipe.dataset, self.root, split)
 
     def frames(self, split):
         """The frames of a split, read once."""
@@ -457,7 +457,7 @@ class Run:
             if name == "static":
                 more["source"] = self.source()
             if "static" in states:           # what predict needs besides
-                kind = data.dataset_class(self.recipe.dataset)
+                kind = datasets.dataset_class(self.recipe.dataset)
                 more.update(classes=list(kind.classes), palette=np.asarray(kind.palette).tolist(),
                             size=self._frames["train"].size if "train" in self._frames else None)
             save(self.path(f"{name}.pt"), {**states, **more, "recipe": dataclasses.asdict(self.recipe)})

@@ -93,7 +93,6 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--sequence-length 1", "--sequence-length 1: a cell needs a frame before"),
     ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
     ("--cells 0 --cell", "--cells 0: then --cell must name a cell"),
-    ("--cells 0", "--cells 0: then --cell must name a cell"),
     ("--key-frames", "--key-frames: must have one distance or more"),
     ("--dataset camvid", "put the file at data/camvid.zip, or pass --data DIR"),
     ("--dataset camvid --data nowhere", "http://127.0.0.1:9/camvid.zip: cannot be downloaded"),
