@@ -8,7 +8,7 @@
 
 Read it from top to bottom beside the paper: the recipe; what every training does; Sect. 6; the stored outputs
 of Sect. 4.1; a candidate and the search, Sect. 3.3 and 4.1; Sect. 4.2; the evaluation. The same command again
-continues where it stopped, to the same result. Of what does that (util/runs.py) a few words are enough:
+continues where it stopped, to the same result. util/runs.py does that; a reader needs only these words of it:
 
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
     epoch.batches(n, size)             shuffled batches of 0..n-1, and the share of the training behind us
@@ -493,7 +493,7 @@ def segment_clips(run, video, split, key_frame_every=0):
 def evaluate_video(run, video, split, key_frame_every=0):
     """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
     confusion, steady, recent = Confusion(run.num_classes), Consistency(3), {}
-    windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}    # by their last frame
+    windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}    # by last frame
     for k, pred, label in segment_clips(run, video, split, key_frame_every):
         confusion.update(pred, label)
         recent[k] = pred, label

@@ -201,6 +201,10 @@ def open_run(command):
         if run.world > 1:
             threads += f" in each of {run.world} processes"
         print(f"{run.folder}: {run.recipe.dataset} on {run.device}, {threads}")
+        if run.world > run.recipe.controller_rollout and "search" in command.stages:
+            print(f"search: a round has {run.recipe.controller_rollout} candidates for {run.world} "
+                  f"processes, so some "
+                  f"wait; --controller-rollout {run.world} gives each one")
         memory.warn(run, command.stages)
         yield run
     if run.world > 1:
