@@ -490,12 +490,15 @@ def segment_clips(run, video, split, key_frame_every=0):
             progress.update(k + 1)
 
 
-def evaluate_video(run, video, split, key_frame_every=0):
-    """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
+def evaluate_video(run, video, split, key_frame_every=0, answers=None):
+    """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class.
+    answers: where the label maps go, too, by frame number."""
     confusion, steady, recent = Confusion(run.num_classes), Consistency(3), {}
     windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}    # by last frame
     for k, pred, label in segment_clips(run, video, split, key_frame_every):
         confusion.update(pred, label)
+        if answers is not None:
+            answers[k] = pred
         recent[k] = pred, label
         recent.pop(k - 3, None)
         if k in windows and all(number in recent for number in windows[k]):
@@ -513,7 +516,10 @@ def evaluate(run):
         video = run.load(network.name)
         costs = {"parameters": parameters(video), **compare.frame_costs(run, video)}
         for every in distances:
-            scores = {split: evaluate_video(run, video, split, every) for split in run.splits[1:]}
+            answers, scores = table.answers(network, every), {}           # answers: for Figs. 5 and 6
+            for split in run.splits[1:]:
+                reported = split == run.splits[-1]
+                scores[split] = evaluate_video(run, video, split, every, answers if reported else None)
             table.add(network, every, costs, scores)
     table.finish(segment_clips)
 

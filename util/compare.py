@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import time
 import typing
+import zlib
 
 import torch
 
@@ -249,6 +250,7 @@ class Table:
 
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
+        self.kept = {}                       # (network, key-frame distance) -> Answers of this evaluation
         fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name not in weights.FILES]
         values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
@@ -279,6 +281,11 @@ class Table:
         miou = 100 * scores[split]["miou"]
         print(f"evaluate: {network.name}, key frame {distance(every)}: {split} mIoU {miou:.1f} %", flush=True)
 
+    def answers(self, network, every):
+        """A place for the answers of a network on the split that is reported."""
+        self.kept[network.name, every] = Answers(self.run.frames(self.run.splits[-1]))
+        return self.kept[network.name, every]
+
     def finish(self, segment_clips):
         """The best cell on val, and the frames on which it and the baseline differ most."""
         if self.run.rank:
@@ -288,12 +295,30 @@ class Table:
         cells = [row for row in self.rows if row["genotype"] and row["key_frame_every"] == first]
         cells = [row for row in cells if not row["control"]] or cells
         best = max(cells, key=lambda row: row["val"]["miou"])
-        baseline = segment_clips(run, run.load("baseline"), split)
-        cell = segment_clips(run, run.load(best["name"]), split, best["key_frame_every"])
-        save(run.path("examples.pt"), differing_frames(run.frames(split), baseline, cell, best["name"]))
+        answers = []
+        for name, every in (("baseline", 1), (best["name"], first)):      # of an earlier evaluation: made again
+            kept = self.kept.get((name, every))
+            answers.append(kept or segment_clips(run, run.load(name), split, every))
+        save(run.path("examples.pt"), differing_frames(run.frames(split), *answers, best["name"]))
         save(self.path, {"rows": self.rows, "reported": split, "best": best["name"],
                          "device": str(run.device), "threads": torch.get_num_threads(),
                          "torch": torch.__version__})
+
+
+class Answers:
+    """Label maps of a split's frames, packed: a hundredth of their size. As segment_clips yields them."""
+
+    def __init__(self, frames):
+        self.frames, self.packed = frames, {}
+
+    def __setitem__(self, k, pred):
+        self.packed[k] = pred.shape, zlib.compress(pred.cpu().numpy().tobytes(), 1)
+
+    def __iter__(self):
+        for k, (shape, packed) in self.packed.items():
+            pred = torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).reshape(shape)
+            _, label = self.frames[k]
+            yield k, pred.to(label.device), label
 
 
 def without_nan(value):
