@@ -614,6 +614,7 @@ def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke,
     assert times() == before
 
 
+@pytest.mark.slow
 def test_what_was_lost_of_a_finished_run_is_made_again(smoke, small, tmp_path):
     """A cut log, a network and the table: neither what stands nor what is made anew differs."""
     folder = copy_of(smoke, tmp_path)
@@ -647,8 +648,8 @@ def killed_again_and_again(smoke, tmp_path, kills, seed=0):
         folder = copy_of(smoke, tmp_path / str(starts), "nothing")        # done before the kill came
 
 
-def test_a_run_that_is_killed_8_times_ends_with_the_same_numbers(smoke, tmp_path):
-    assert len(killed_again_and_again(smoke, tmp_path, 8)) == 8
+def test_a_run_that_is_killed_4_times_ends_with_the_same_numbers(smoke, tmp_path):
+    assert len(killed_again_and_again(smoke, tmp_path, 4)) == 4
 
 
 @pytest.mark.slow
