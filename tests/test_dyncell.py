@@ -126,12 +126,6 @@ def torchvision_state():
     return state
 
 
-def test_encoder_has_torchvisions_keys():
-    state = dyncell.MobileNetV2().state_dict()
-    assert {key: tuple(value.shape) for key, value in state.items()} == torchvision_shapes()
-    assert list(state) == list(torchvision_shapes())
-
-
 def test_encoder_by_hand():
     """The network recomputed from its state dict: strides, ReLU6, shortcuts as in the MobileNet-v2 paper."""
     image = torch.randn(2, 3, 45, 38, **DOUBLE)
@@ -159,13 +153,13 @@ def test_encoder_by_hand():
         close(actual, expected, 1e-7)
 
 
-@pytest.mark.parametrize("size", [(33, 47), (64, 96), (65, 31), (1, 100), (97, 2)], ids=str)
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(33, 47), (64, 96), (1, 100), (97, 2)], ids=str)
 def test_resolutions(size):
     """Each tap rounds up; dec and pred are at layer2's resolution, whatever the size."""
     arch2 = Arch2(7).eval()
-    with torch.no_grad():
-        features = arch2.encode(torch.randn(2, 3, *size))
-        dec, pred = arch2.decode(features)
+    features = arch2.encode(torch.randn(2, 3, *size))
+    dec, pred = arch2.decode(features)
     assert [tuple(x.shape) for x in features] == [
         (2, channels, math.ceil(size[0] / step), math.ceil(size[1] / step))
         for channels, step in ((24, 4), (32, 8), (96, 16), (320, 32))]
@@ -174,12 +168,13 @@ def test_resolutions(size):
 
 @pytest.mark.parametrize("source", ["torchvision's", pytest.param("ours", marks=pytest.mark.skipif(
     not WEIGHTS.exists(), reason="the ImageNet encoder lies in ../shared, which is not here"))])
-def test_loads_weights_in_torchvisions_keys(source):
+def test_takes_weights_in_torchvisions_keys_and_shapes(source):
     encoder = dyncell.MobileNetV2()
     state = torch.load(WEIGHTS, weights_only=True) if source == "ours" else torchvision_state()
     encoder.load_imagenet(dict(state))
-    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
-    assert source != "ours" or encoder.state_dict().keys() == state.keys()
+    own = encoder.state_dict()
+    assert own.keys() == torchvision_shapes().keys()
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape", "empty"])
@@ -266,13 +261,11 @@ def test_arch2_by_hand(kind):
 # The genotype
 
 def test_genotype_round_trips():
-    for genotype in random_genotypes(200):
+    for genotype in random_genotypes(60):
         tokens = genotype.to_tokens()
         assert len(tokens) == 5 * len(genotype) and all(type(t) is int for t in tokens)
-        assert genotype == Genotype.from_tokens(tokens) == Genotype.from_tokens(torch.tensor(tokens))
-        assert genotype == Genotype.from_tokens(np.array(tokens)) == Genotype.from_tokens(tuple(tokens))
+        assert genotype == Genotype.from_tokens(torch.tensor(tokens)) == Genotype.from_tokens(np.array(tokens))
         assert genotype == Genotype.from_json(genotype.to_json()) == Genotype.parse(str(genotype))
-        assert genotype == Genotype(genotype) == Genotype(list(genotype))
         assert genotype == copy.deepcopy(genotype) == pickle.loads(pickle.dumps(genotype))
         assert type(copy.deepcopy(genotype)) is Genotype and len({genotype, Genotype(genotype)}) == 1
 
@@ -286,10 +279,8 @@ def test_genotype_by_hand():
                         Layer(0, 4, "gap", "zero", "sum"),
                         Layer(6, 6, "sep5x5_r6", "conv3x3_r12", "affine"))
     assert list(genotype.output()) == [7, 8]  # node0 went into node1, node1 into node3
-    assert list(Genotype.from_tokens(tokens[:10]).output()) == [6]
     assert list(Genotype.from_tokens(tokens[:5]).output()) == [5]
-    independent = Genotype.from_tokens([0, 1, 0, 0, 0] * 4)
-    assert list(independent.output()) == [5, 6, 7, 8]
+    assert list(Genotype.from_tokens([0, 1, 0, 0, 0] * 4).output()) == [5, 6, 7, 8]
     assert str(genotype) == ("node0 = concat(deform3x3(dec_prev), sep3x3(layer2)); "
                              "node1 = attention(skip(node0), conv1x1(layer3)); "
                              "node2 = sum(gap(layer4_prev), zero(layer4)); "
@@ -317,18 +308,12 @@ def forms(genotype):
     yield from (printed, printed.replace("; ", ";\n"), f"  {printed}\n", printed.replace(" ", ""))
 
 
-@pytest.mark.parametrize("name", ["__call__", "parse", "from_json"])
-def test_every_form_of_a_genotype_is_read(name):
-    make = Genotype if name == "__call__" else getattr(Genotype, name)
-    for genotype in [*random_genotypes(60, seed=4), *CELLS.values()]:
+@pytest.mark.parametrize("make", [Genotype, Genotype.parse, Genotype.from_json])
+def test_every_form_of_a_genotype_is_read(make):
+    for genotype in [*random_genotypes(20, seed=4), *CELLS.values()]:
         for form in forms(genotype):
             made = make(form)
             assert made == genotype and type(made) is Genotype
-
-
-def test_a_cell_takes_every_form():
-    for form in forms(CELLS["affine"]):
-        assert DynamicCell(form, 3).genotype == CELLS["affine"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,77 +350,44 @@ def test_reconstructed_cell_is_what_the_paper_says(name):
     assert all(path_to_output(genotype, start) for start in CHANNELS if start != "layer4_prev")
 
 
-@torch.no_grad()
+HANDMADE = {
+    "propagate": "node0 = sum(skip(dec_prev), zero(dec_prev)); out = [node0]",
+    "warp": "node0 = concat(skip(dec_prev), skip(layer2)); node1 = sum(deform3x3(node0), skip(layer4)); "
+            "out = [node1]",
+    "predictive": "node0 = predictive(skip(layer2), skip(dec_prev)); out = [node0]",
+    "affine": "node0 = affine(skip(dec_prev), skip(layer2)); node1 = concat(skip(node0), skip(layer4)); "
+              "out = [node1]",
+    "attention": "node0 = concat(sep3x3(layer2), sep3x3(layer3)); node1 = concat(sep3x3(layer4), "
+                 "sep3x3(node0)); node2 = attention(sep3x3(dec_prev), sep3x3(node1)); out = [node2]",
+    "concat": "node0 = concat(skip(dec_prev), skip(layer2)); node1 = concat(skip(layer3), skip(layer4)); "
+              "out = [node0, node1]",
+}
+
+
 def test_handmade_cells_are_what_their_names_say():
-    inputs = cell_inputs()
-    cells = {name: randomise(DynamicCell(genotype, 4), *inputs) for name, genotype in CELLS.items()}
-    assert list(cells) == ["propagate", "warp", "predictive", "affine", "attention", "concat", *PUBLISHED]
-    layer2, layer3, layer4 = (lambda cell, k=k, name=name: cell.adapt[name](inputs[k])
-                              for k, name in ((2, "layer2"), (3, "layer3"), (4, "layer4")))
-    dec = inputs[1]
-
-    def mix(c, past, current):
-        a = c.agg[2].gate(torch.cat((past, current), 1)).sigmoid()
-        return a * past + (1 - a) * current
-
-    def join(agg, x, y):
-        return agg.conv(torch.cat((x, up(y, x)), 1))
-
-    def attention(c):
-        node0 = join(c.agg[0], c.op1[0](layer2(c)), c.op2[0](layer3(c)))
-        x, y = c.op1[1](layer4(c)), c.op2[1](node0)
-        node1 = c.agg[1].conv(torch.cat((up(x, y), y), 1))
-        return mix(c, c.op1[2](dec), c.op2[2](node1))
-
-    def concat(c):
-        node1 = join(c.agg[1], layer3(c), layer4(c))
-        return torch.cat((join(c.agg[0], dec, layer2(c)), up(node1, dec)), 1)
-
-    nodes = {
-        "propagate": lambda c: dec,
-        "warp": lambda c: c.op1[1](join(c.agg[0], dec, layer2(c))) + up(layer4(c), dec),
-        "predictive": lambda c: c.agg[0](layer2(c), dec),
-        "affine": lambda c: join(c.agg[1], c.agg[0](dec, layer2(c)), layer4(c)),
-        "concat": concat,
-        "attention": attention,
-    }
-    for name, node in nodes.items():
-        close(cells[name](*inputs)[0], cells[name].out(node(cells[name])), 1e-6)
-    assert isinstance(cells["warp"].op1[1], ops.Deformable)
-    kinds = [type(cells[name].agg[0]) for name in ("predictive", "affine")]
-    assert kinds == [ops.Predictive, ops.Affine]
+    """What a cell of a genotype computes is written out below, in test_cell_by_hand."""
+    assert list(CELLS) == [*HANDMADE, *PUBLISHED]
+    assert {name: str(CELLS[name]) for name in HANDMADE} == HANDMADE
 
 
 # --------------------------------------------------------------------------------------------------
 # The cell
 
-def test_cell_parameters_by_hand():
-    """A 1x1 conv-BN-ReLU to 64 for each input that is used and is not 64 wide, and nothing for the others."""
-    def expected(widths, nodes, inside=0):
-        return sum(64 * width + 128 for width in widths) + inside + 64 * 64 * nodes + 128 + 5 * (9 * 64 + 1)
-
-    for genotype, count in [
-            ([(1, 1, "skip", "skip", "sum")], expected([], 1)),
-            ([(1, 2, "skip", "skip", "sum")], expected([32], 1)),
-            ([(2, 2, "skip", "zero", "sum")], expected([32], 1)),
-            ([(3, 4, "conv1x1", "gap", "sum")], expected([96, 320], 1, 2 * (64 * 64 + 128))),
-            ([(0, 4, "skip", "skip", "sum")] * 2, expected([320, 320], 2)),
-            ([(0, 1, "skip", "skip", "concat"), (5, 5, "skip", "skip", "sum")],
-             expected([320], 1, 128 * 64 + 128))]:
-        assert parameters(DynamicCell(genotype, 5)) == count
-
-
 def test_random_cells_run():
-    """Any genotype gives a cell of the right size and shape; every parameter that it holds takes part."""
+    """Any genotype gives a cell of the right size and shape; every parameter that it holds takes part.
+
+    Its parameters: its operations' and aggregations', a 1x1 conv-BN-ReLU to 64 for each input that it uses
+    and that is not 64 wide, one more for the output, the classifier. Nothing for inputs that it leaves."""
     table = {name: parameters(make(64)) for name, make in (ops.OPERATIONS | ops.AGGREGATIONS).items()}
     inputs = cell_inputs(dtype=torch.float32)
-    for n, genotype in enumerate(random_genotypes(200, seed=2)):
-        cell, nodes = DynamicCell(genotype, 11), len(genotype.output())
+    for n, genotype in enumerate(random_genotypes(72, seed=2)):
+        cell, nodes = DynamicCell(json.loads(genotype.to_json()), 11), len(genotype.output())
         used = {list(CHANNELS)[loc] for x in genotype for loc in (x.loc1, x.loc2) if loc < 5} - {"dec_prev"}
+        assert cell.genotype == genotype                  # it takes every form that Genotype does
         assert parameters(cell) == (sum(table[x.op1] + table[x.op2] + table[x.agg] for x in genotype)
-                                        + sum(64 * CHANNELS[name] + 128 for name in used)
-                                        + 64 * 64 * nodes + 128 + 11 * (9 * 64 + 1))
-        backward = n % 10 == 0
+                                    + sum(64 * CHANNELS[name] + 128 for name in used)
+                                    + 64 * 64 * nodes + 128 + 11 * (9 * 64 + 1))
+        backward = n % 6 == 0
         with torch.set_grad_enabled(backward):
             dec, pred = cell.train(backward)(*inputs)
         assert dec.shape == (2, 64, 5, 6) and pred.shape == (2, 11, 5, 6) and torch.isfinite(pred).all()
@@ -551,7 +503,7 @@ def test_clip_equals_steps(video):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("every", [1, 2, 4, 9])
 def test_key_frames_restart_the_state(video, every):
     segmenter, frames = video
     close(segmenter(frames, key_frame_every=every),
@@ -747,15 +699,15 @@ def test_everything_holds_everything():
 # --------------------------------------------------------------------------------------------------
 # torch.compile, torch.export, torch.jit.trace
 
-SOME = ["arch2", "attention", "warp", "cell0", "affine"]
-NETWORKS = [pytest.param(name, marks=[] if name in SOME else pytest.mark.slow) for name in ("arch2", *CELLS)]
+NETWORKS = ["arch2", "every operation and aggregation",
+            *(pytest.param(name, marks=pytest.mark.slow) for name in CELLS)]
 
 
 def network(name):
     """An eval network and a function (h, w) -> its inputs for an image of 32 h x 32 w."""
     if name == "arch2":
         return Arch2(3).eval(), lambda h, w: (torch.randn(1, 3, 32 * h, 32 * w),)
-    cell = DynamicCell(CELLS[name], 3).eval()
+    cell = DynamicCell(CELLS.get(name, EVERYTHING), 3).eval()
     return cell, lambda h, w: tuple(cell_inputs(32 * h, 32 * w, 1, torch.float32))
 
 
@@ -798,36 +750,31 @@ def refused(make, argument):
     with pytest.raises(ValueError) as caught:
         make(argument)
     message = str(caught.value)
-    assert message and "\n" not in message and len(message) < 300
-
-
-@pytest.mark.parametrize("tokens", [
-    [], [0, 0, 0, 0], [0] * 6, [5, 0, 0, 0, 0], [0, 5, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 12, 0],
-    [0, 0, 0, 0, 6], [-1, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, 0, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, True],
-    [0, 0, 0, 1.0, 0], [0, 0, math.nan, 0, 0], [0, 0, "skip", 0, 0], [0, 0, None, 0, 0],
-    [0, 0, 0, 0, 10**300], "00000", torch.zeros(5), torch.zeros(5, dtype=torch.bool),
-    torch.tensor(3), np.zeros(5), np.zeros((2, 2, 5), int), np.array(0), np.array(["skip"] * 5), None, 3,
-], ids=lambda tokens: reprlib.repr(tokens).replace("\n", ""))
-def test_genotype_refuses_tokens(tokens):
-    for make in (Genotype.from_tokens, Genotype, Genotype.parse):
-        refused(make, tokens)
+    assert message and "\n" not in message and len(message) < 300, reprlib.repr(argument)
 
 
 def test_from_tokens_takes_flat_tokens_only():
-    refused(Genotype, [0, 0, 0, 0, 10**5000])             # Python itself refuses to print it
     for nested in ([[0, 0, 0, 0, 0]], torch.zeros(1, 5, dtype=torch.long)):
         assert len(Genotype(nested)) == 1
         refused(Genotype.from_tokens, nested)
 
 
 GOOD = dict(loc1="dec_prev", loc2="layer2", op1="deform3x3", op2="skip", agg="concat")
-
-
-@pytest.mark.parametrize("text", [
+PRINTED = "node0 = concat(skip(dec_prev), skip(layer2)); node1 = sum(gap(node0), zero(layer4)); out = [node1]"
+TOKENS = [
+    [], [0, 0, 0, 0], [0] * 6, [5, 0, 0, 0, 0], [0, 5, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 12, 0],
+    [0, 0, 0, 0, 6], [-1, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, 0, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, True],
+    [0, 0, 0, 1.0, 0], [0, 0, math.nan, 0, 0], [0, 0, "skip", 0, 0], [0, 0, None, 0, 0],
+    [0, 0, 0, 0, 10**300], [0, 0, 0, 0, 10**5000],        # the last Python itself refuses to print
+    "00000", torch.zeros(5), torch.zeros(5, dtype=torch.bool),
+    torch.tensor(3), np.zeros(5), np.zeros((2, 2, 5), int), np.array(0), np.array(["skip"] * 5)]
+LAYERS = ["skip", b"skip", None, 3, [3], ["abcde"], [()], [(0, 0, "skip", "skip")], [None], {}, [b"abcde"],
+          object(), [object()], 1j, [math.nan]]
+JSON = [
     "", " ", "no", "[", "null", "3", "NaN", "{}", "[]", "[[]]", "[null]", "true", '["skip"]', '"skip"',
     "[true]", "[0, 0, 0, 0]", "[0, 0, 0, 0, 6]", "[0, 0, 0, 0, NaN]", "[0, 0, 0, 0, 1e3]", "[" * 100_000,
     '[0, 0, "skip", "skip", "sum"]', '{"genotype":' * 100_000, '{"genotype": null}', '{"genotype": {}}',
-    '{"tokens": [true, 0, 0, 0, 0]}', f"[0, 0, 0, 0, {'9' * 5000}]", f"[{'[' * 500}0{']' * 500}]", None, 3,
+    '{"tokens": [true, 0, 0, 0, 0]}', f"[0, 0, 0, 0, {'9' * 5000}]", f"[{'[' * 500}0{']' * 500}]",
     True, b"\xff", b"[[0, 0, 0, 0, 0]]", "node", "node0", "node0 = ; out = []", "\ud800", json.dumps(GOOD),
     json.dumps([{**GOOD, "op3": "skip"}]), json.dumps([GOOD, None]), json.dumps([[GOOD]]),
     json.dumps([{k: v for k, v in GOOD.items() if k != "agg"}]),
@@ -835,17 +782,8 @@ GOOD = dict(loc1="dec_prev", loc2="layer2", op1="deform3x3", op2="skip", agg="co
         ("op1", "conv7x7"), ("op1", "sum"), ("agg", "skip"), ("loc1", "node0"), ("loc2", "node-1"),
         ("loc1", "layer1"), ("loc1", 5), ("loc1", -1), ("loc1", True), ("loc1", 1.0), ("loc2", None),
         ("op2", 12), ("op2", False), ("agg", [0]), ("agg", {"sum": 1}), ("op1", math.nan), ("op1", ""),
-        ("op1", "SKIP"),
-        ("op1", 10**300)))], ids=lambda text: repr(text)[:60])
-def test_genotype_refuses_json(text):
-    for make in (Genotype.from_json, Genotype, Genotype.parse):
-        refused(make, text)
-
-
-PRINTED = "node0 = concat(skip(dec_prev), skip(layer2)); node1 = sum(gap(node0), zero(layer4)); out = [node1]"
-
-
-@pytest.mark.parametrize("text", [
+        ("op1", "SKIP"), ("op1", 10**300)))]
+TEXTS = [
     PRINTED.replace("[node1]", "[node0]"), PRINTED.replace("[node1]", "[node0, node1]"),
     PRINTED.replace("; out = [node1]", ""), PRINTED.replace("out = [node1]", ""),
     PRINTED.replace("[node1]", "[]"), PRINTED + "; out = [node1]", PRINTED + ";", PRINTED + " x",
@@ -853,18 +791,16 @@ PRINTED = "node0 = concat(skip(dec_prev), skip(layer2)); node1 = sum(gap(node0),
     PRINTED.replace("dec_prev", "node0"), PRINTED.replace("dec_prev", "1"), PRINTED.upper(),
     PRINTED.replace("skip", "conv7x7"), PRINTED.replace("sum(", "skip("),
     PRINTED.replace("(layer2)", "layer2"), "node0 = " + "a" * 100_000, "node" + "(" * 100_000,
-    "node0 = " + "sum(" * 100_000,
-], ids=lambda text: text[:100])
-def test_genotype_refuses_printed_forms(text):
-    assert len(Genotype.parse(PRINTED)) == 2
-    refused(Genotype.parse, text)
+    "node0 = " + "sum(" * 100_000]
 
 
-@pytest.mark.parametrize("layers", ["skip", b"skip", None, 3, [3], ["abcde"], [()], [(0, 0, "skip", "skip")],
-                                    [None], {}, [b"abcde"], object(), [object()], 1j, [math.nan]],
-                         ids=lambda layers: reprlib.repr(layers)[:20])
-def test_genotype_refuses_layers(layers):
-    refused(Genotype, layers)
+@pytest.mark.parametrize("kind", [TOKENS, LAYERS, JSON, TEXTS], ids=["tokens", "layers", "JSON", "printed"])
+def test_what_is_no_genotype_is_refused(kind):
+    """By every way to make one, whatever it is made for."""
+    assert len(Genotype.parse(PRINTED)) == len(Genotype([GOOD])) + 1 == 2
+    for hostile in kind:
+        for make in (Genotype, Genotype.parse, Genotype.from_json, Genotype.from_tokens):
+            refused(make, hostile)
 
 
 def test_genotype_refuses_deep_objects():
@@ -892,7 +828,7 @@ def genotype_or_valueerror(make, argument):
     return True
 
 
-FUZZ = pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+FUZZ = pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
 
 
 @FUZZ
@@ -900,7 +836,7 @@ def test_fuzz_tokens(rounds):
     rng, accepted = random.Random(0), 0
     odd = [True, False, 1.0, 0.5, math.nan, math.inf, "0", "skip", "", None, -1, 12, 2**70, [], (), {}, [0],
            b"0", 1j]
-    for n in range(1000 * rounds):
+    for n in range(500 * rounds):
         tokens = [rng.randrange(-1, 7) for _ in range(rng.randrange(12))]
         if n % 2:
             tokens = random_tokens(rng, rng.randrange(1, 6))
@@ -911,7 +847,7 @@ def test_fuzz_tokens(rounds):
                 tokens.pop(rng.randrange(len(tokens)))
         for make in (Genotype.from_tokens, Genotype):
             accepted += genotype_or_valueerror(make, tokens)
-    assert 0.15 < accepted / (2000 * rounds) < 0.75       # the fuzz reaches both sides
+    assert 0.15 < accepted / (1000 * rounds) < 0.75       # the fuzz reaches both sides
 
 
 @FUZZ
@@ -920,7 +856,7 @@ def test_fuzz_text(form, rounds):
     rng, accepted = random.Random(0), 0
     pieces = [*'[]{}(),:;="\\01- \n\x00\ud800é', "e9", "null", "true", "NaN", "node0", "layer2",
               '"op1": "zero",']
-    for genotype in random_genotypes(200 * rounds, seed=1):
+    for genotype in random_genotypes(100 * rounds, seed=1):
         text = form(genotype)
         for _ in range(rng.randrange(1, 4)):
             i, j = rng.randrange(len(text) + 1), rng.randrange(1, 12)
@@ -930,4 +866,4 @@ def test_fuzz_text(form, rounds):
                                text[:i] + piece + text[i + j:], text[:i] + text[i:i + j] + text[i:],
                                text.replace(rng.choice(OPS + AGGS), other, 1)])
         accepted += genotype_or_valueerror(Genotype.from_json, text)
-    assert 0.005 < accepted / (200 * rounds) < 0.3
+    assert 0.005 < accepted / (100 * rounds) < 0.3
