@@ -3,12 +3,15 @@
     from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
                                          to be read or copied, never written to
     start(folder, *arguments)            train.main in a process of its own, which may be killed
+    as_script(monkeypatch, name, ...)    a script's last lines, too
 """
 import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import shutil
+import sys
 import threading
 import typing
 
@@ -91,6 +94,16 @@ def save_encoder_weights(folder):
 class Ended(typing.NamedTuple):
     status: int                              # negative: the signal that ended it
     output: str
+
+
+def as_script(monkeypatch, name, *arguments):
+    """`python NAME ARGUMENTS`, but for the process: importing torch takes seconds. -> exit status"""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def start(folder, *arguments, kill=None, limit=None):

@@ -1,20 +1,15 @@
 """What a module costs, by hand; and that the tables of ops.py, dyncell.py and controller.py come out."""
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from whole_run import as_script
 
 import dyncell
 import ops
 from data import InputError
 from util import costs
-
-ROOT = Path(__file__).parents[2]
-
 
 def test_multiply_adds():
     """3x3 convolution, 8 -> 8 channels, on 5 x 6."""
@@ -27,11 +22,9 @@ def test_megabytes_kept():
     """A ReLU keeps its result, a convolution what it was given (not counted); each storage counts once."""
     x, mb = torch.randn(1, 4, 50, 50, requires_grad=True), 4 * 4 * 50 * 50 / 1e6
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    assert costs.megabytes_kept(nn.ReLU(), x) == pytest.approx(mb)
-    assert costs.megabytes_kept(conv, x) == pytest.approx(mb)             # its result
-    two = nn.Sequential(conv, nn.Sigmoid(), nn.Conv2d(4, 4, 1))
-    assert costs.megabytes_kept(two, x) == pytest.approx(2 * mb)  # the sigmoid's result, and the last
-    assert costs.megabytes_kept(nn.Identity(), x) == 0
+    two = nn.Sequential(conv, nn.Sigmoid(), nn.Conv2d(4, 4, 1))   # the sigmoid's result, and the last
+    for module, kept in ((nn.Identity(), 0), (nn.ReLU(), mb), (conv, mb), (two, 2 * mb)):
+        assert costs.megabytes_kept(module, x) == pytest.approx(kept)
 
 
 def test_milliseconds_take_turns():
@@ -99,14 +92,10 @@ def test_table_5(untimed, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["ops.py", "dyncell.py", "controller.py"])
-def test_help_and_a_bad_device(script):
-    def run(*arguments):
-        command = [sys.executable, script, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    shown = run("--help")
-    assert shown.returncode == 0 and "It takes about" in " ".join(shown.stdout.split())
+def test_help_and_a_bad_device(script, monkeypatch, capsys):
+    assert as_script(monkeypatch, script, "--help") == 0
+    assert "It takes about" in " ".join(capsys.readouterr().out.split())
     if script != "controller.py":
-        refused = run("--device", "fpga")
-        assert refused.returncode == 2 and refused.stdout == ""
-        assert refused.stderr.startswith("error: --device fpga: ") and refused.stderr.count("\n") == 1
+        assert as_script(monkeypatch, script, "--device", "fpga") == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: --device fpga: ") and err.count("\n") == 1

@@ -90,15 +90,14 @@ def test_every_figure_is_drawn_and_not_blank(run):
         assert image.mode == "RGB" and min(image.size) >= 300
         colours = {colour: count for count, colour in image.getcolors(1 << 24)}
         assert len(colours) > 20 and colours[255, 255, 255] < 0.99 * image.width * image.height, path
-
-
-@pytest.mark.parametrize("stage", BY_STAGE)
-def test_a_stage_draws_its_figures(run, stage):
-    assert [path.stem for path in figures.draw(str(run), stage)] == BY_STAGE[stage]
+    for stage, names in BY_STAGE.items():                                 # a stage draws its own
+        assert [path.stem for path in figures.draw(str(run), stage)] == names
 
 
 def test_what_is_missing_is_left_out(tmp_path):
     assert figures.draw(tmp_path) == [] and not list(tmp_path.iterdir())
+    write_log(tmp_path / "random.jsonl", [entry(k, 0.3 + 0.1 * k) for k in (2, 0, 1)])
+    assert [path.stem for path in figures.draw(tmp_path)] == ["fig3-rewards"]     # a random search alone
     training(tmp_path / "static.pt", 2, optimizers=[])                    # a training that goes on
     training(tmp_path / "cell-0-alone.pt", 2, genotype=FIRST.to_json())
     (tmp_path / "search.jsonl").write_text(json.dumps(entry(0, 0.3)) + '\n{"candidate": 1, "tok')
@@ -107,11 +106,6 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert figures.draw(tmp_path, again=False) == []
     (tmp_path / "figures/fig3-rewards.png").unlink()
     assert [path.stem for path in figures.draw(tmp_path, again=False)] == ["fig3-rewards"]
-
-
-def test_a_random_search_alone_is_drawn(tmp_path):
-    write_log(tmp_path / "random.jsonl", [entry(k, 0.3 + 0.1 * k) for k in (2, 0, 1)])
-    assert [path.stem for path in figures.draw(tmp_path)] == ["fig3-rewards"]
 
 
 def test_the_command(run, tmp_path, capsys):
@@ -184,20 +178,15 @@ def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
     assert np.array(canvas.finished())[int(plot.top):int(plot.bottom) - 1, left:right].max(axis=2).min() > 60
 
 
-def test_random_search_stands_beside():
+def test_random_search_stands_beside_or_alone():
     log = [entry(k, 0.5) for k in range(3)]
     other = [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]
-    canvas = figures.rewards(log, other)
-    (plot,) = canvas.plots
-    assert [pixel(canvas, plot, k, 0.5) for k in range(3)] == 3 * [figures.BLUE]
-    assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
-    assert pixel(canvas, plot, 2, 0.4) not in (figures.BLUE, figures.VERMILLION)
-
-
-def test_a_random_search_stands_alone():
-    canvas = figures.rewards([], [entry(0, 0.2), entry(1, 0.3)])
-    (plot,) = canvas.plots
-    assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
+    for ppo in (log, []):
+        canvas = figures.rewards(ppo, other)
+        (plot,) = canvas.plots
+        assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [figures.BLUE]
+        assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
+        assert pixel(canvas, plot, 2, 0.4) not in (figures.BLUE, figures.VERMILLION)
 
 
 def test_what_is_sampled_by_hand():
@@ -248,9 +237,8 @@ def test_a_new_operation_is_drawn_too(monkeypatch):
     [entry(k, 0.4) for k in range(9)], [entry(k, 0.0, stopped=True) for k in range(30)],
     [entry(k, math.nan if k % 9 else 0.1) for k in range(30)]])
 def test_odd_logs(log):
-    figures.rewards(log).finished()
-    figures.rewards(log, log).finished()
-    figures.sampling(log).finished()
+    for canvas in (figures.rewards(log), figures.rewards(log, log), figures.sampling(log)):
+        canvas.finished()
 
 
 def test_running_mean_by_hand():
@@ -261,20 +249,16 @@ def test_running_mean_by_hand():
 # ---------------------------------------------------------------------------------------------------------
 # Axes and curves
 
-def test_ticks_by_hand():
+def test_ticks_enclose_the_values():
     assert figures.round_ticks([0.31, 0.68]) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
-    assert figures.round_ticks([0, 40]) == [0, 10, 20, 30, 40]
     assert figures.round_ticks([1, 3], whole=True) == [1, 2, 3]
     assert figures.round_ticks([math.nan, math.inf]) == figures.round_ticks([])
     assert figures.round_ticks([]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-
-
-def test_ticks_enclose_the_values():
     rng = random.Random(0)
     for _ in range(500):
         low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
         high = low + rng.choice([0, rng.random() * 10 ** rng.randint(-6, 6)])
-        ticks, step = figures.round_ticks([low, high]), 0
+        ticks = figures.round_ticks([low, high])
         step = ticks[1] - ticks[0]
         assert ticks[0] <= low + 1e-6 * step and high - 1e-6 * step <= ticks[-1] and 2 <= len(ticks) <= 7
         assert f"{step:.0e}"[0] in "125"
@@ -299,12 +283,8 @@ def test_curves_pass_through_their_points():
     (plot,) = canvas.plots                                # the empty panel is left out
     for (name, line), (_, colour) in zip(lines.items(), figures.STYLES):
         assert all(pixel(canvas, plot, x, y) == colour for x, y in line), name
-
-
-@pytest.mark.parametrize("line", [[(1, 2.0)], [(1, math.nan)], [(1, 1.0), (2, math.nan), (3, 1.0)],
-                                  [(1, math.inf), (2, 0.0)]])
-def test_odd_curves(line):
-    figures.curves("title", [("loss", {"a": line})]).finished()
+    for odd in ([(1, 2.0)], [(1, math.nan)], [(1, 1.0), (2, math.nan), (3, 1.0)], [(1, math.inf), (2, 0.0)]):
+        figures.curves("title", [("loss", {"a": odd})]).finished()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -396,11 +376,7 @@ def test_examples_show_the_maps():
             assert truth == palette[label] if label != 255 else min(truth) >= 160
             assert image.getpixel((left + 2 * 264, top)) == palette[1]
             assert image.getpixel((left + 3 * 264, top)) == palette[int(saved["cell"][row, y, x])]
-
-
-def test_large_frames_shrink():
-    saved = example()
-    for key in ("images", "labels", "baseline", "cell"):
+    for key in ("images", "labels", "baseline", "cell"):                  # large frames shrink
         saved[key] = saved[key].repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
     assert figures.examples(saved).width == 4 * 320 + 3 * 8 + 40
 
@@ -417,14 +393,11 @@ LABELS = np.array([[0, 1], [2, 255]], np.uint8)
 PALETTE = np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
 
 
-def test_colourise_by_hand():
+def test_colourise_and_overlay_by_hand():
     expected = [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [0, 0, 0]]]
     for labels, palette in ((LABELS, PALETTE), (torch.from_numpy(LABELS), PALETTE.tolist())):
         colours = figures.colourise(labels, palette)
         assert colours.dtype == np.uint8 and colours.tolist() == expected
-
-
-def test_overlay_by_hand():
     image = np.full((2, 2, 3), 100, np.uint8)
     expected = [[[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
     assert figures.overlay(image, LABELS, PALETTE).tolist() == expected
@@ -434,14 +407,13 @@ def test_overlay_by_hand():
 
 def test_indexed_png_round_trip(tmp_path):
     labels = np.random.default_rng(0).choice([0, 1, 2, 255], (37, 53)).astype(np.uint8)
-    figures.save_indexed(tmp_path / "a.png", labels, PALETTE)
-    image = Image.open(tmp_path / "a.png")
-    assert image.mode == "P" and (np.array(image) == labels).all()
-    assert (np.array(image.convert("RGB")) == figures.colourise(labels, PALETTE)).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    figures.save_indexed(str(tmp_path / "a.png"), labels.T.astype(np.int64), PALETTE)     # not contiguous
-    assert (np.array(Image.open(tmp_path / "a.png")) == labels.T).all()
-    assert (data.read_label(tmp_path / "a.png", np.arange(256)) == labels.T).all()
+    for values, kind in ((labels, np.uint8), (labels.T, np.int64)):       # and not contiguous
+        figures.save_indexed(str(tmp_path / "a.png"), values.astype(kind), PALETTE)
+        image = Image.open(tmp_path / "a.png")
+        assert image.mode == "P" and (np.array(image) == values).all()
+        assert (np.array(image.convert("RGB")) == figures.colourise(values, PALETTE)).all()
+        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+        assert (data.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
 
 
 # ---------------------------------------------------------------------------------------------------------

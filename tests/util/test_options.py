@@ -3,12 +3,9 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
-from PIL import Image
-from whole_run import ROOT, arguments_of, copy_of, small, smoke
+from whole_run import arguments_of, as_script, copy_of, small, smoke
 
 import data
 import train
@@ -23,17 +20,13 @@ def parse(*words):
 
 # ---- a flag a field
 
-def test_without_flags_it_is_the_short_schedule_on_synthetic_videos():
-    command = parse()
-    assert command.recipe == recipe_for("synthetic", "short")
-    assert command.run == pathlib.Path("runs/synthetic")
+@pytest.mark.parametrize("words, dataset, schedule", [
+    ("", "synthetic", "short"), ("--dataset camvid", "camvid", "paper"),
+    ("--dataset cityscapes", "cityscapes", "paper"), ("--dataset camvid --schedule smoke", "camvid", "smoke")])
+def test_each_dataset_has_its_schedule_and_folder(words, dataset, schedule):
+    command = parse(*words.split())
+    assert command.recipe == recipe_for(dataset, schedule) and command.run == pathlib.Path(f"runs/{dataset}")
     assert command.stages == list(train.STAGES) == "pretrain search finetune evaluate".split()
-
-
-@pytest.mark.parametrize("dataset", ["camvid", "cityscapes"])
-def test_a_real_dataset_gets_the_papers_schedule(dataset):
-    command = parse("--dataset", dataset)
-    assert command.recipe == recipe_for(dataset, "paper") and command.run == pathlib.Path(f"runs/{dataset}")
 
 
 def test_every_field_is_a_flag_whose_help_names_a_section_or_says_ours(capsys):
@@ -74,7 +67,7 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
         parse("--run", str(tmp_path), "--stage", "search")
 
 
-# ---- what can't work
+# ---- what can't work; of the data: tests/test_data.py
 
 @pytest.mark.parametrize("line, said", [
     ("--dataset kitti", "invalid choice: 'kitti'"),
@@ -124,11 +117,10 @@ def test_what_cannot_work_is_told_in_one_line_and_nothing_is_made(tmp_path, smal
     assert made <= {"recipe.json", "lock"}
 
 
-def test_the_exit_status_is_2_with_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--static-batch", "-1"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and not any(tmp_path.iterdir())
-    assert done.stderr == "error: --static-batch -1: must be more than 0\n"
+def test_the_exit_status_is_2_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert as_script(monkeypatch, "train.py", "--static-batch", "-1") == 2 and not any(tmp_path.iterdir())
+    assert capsys.readouterr().err == "error: --static-batch -1: must be more than 0\n"
 
 
 def test_a_recipe_with_which_nothing_was_made_is_replaced(tmp_path, small, monkeypatch):
@@ -144,35 +136,6 @@ def test_too_few_sequences_are_told_before_the_training(tmp_path, small, monkeyp
     monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (1, 3), "val": (1, 4), "test": (1, 4)})
     with pytest.raises(InputError, match="has 1 sequences of 3 frames; each process needs two"):
         train.main(["--schedule", "smoke", "--run", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def camvid(tmp_path):
-    """A tiny dataset in CamVid's layout: the flags for it."""
-    for split in ("train", "val", "test"):
-        for folder, mode in ((split, "RGB"), (split + "annot", "L")):
-            (tmp_path / folder).mkdir()
-            for t in (0, 30, 60, 90):
-                Image.new(mode, (64, 64)).save(tmp_path / folder / f"A_{t:06d}.png")
-    return ["--dataset", "camvid", "--data", str(tmp_path), "--schedule", "smoke",
-            "--encoder-weights", "none", "--run", str(tmp_path / "run")]
-
-
-def test_a_broken_image_of_any_split_shows_before_the_training(tmp_path, camvid):
-    (tmp_path / "test" / "A_000030.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="test/A_000030.png: is not an image"):
-        train.main(camvid)
-    assert not (tmp_path / "run" / "static.pt").exists()
-
-
-def test_all_that_is_wrong_with_the_data_is_said_at_once_and_nothing_is_made(tmp_path, camvid):
-    (tmp_path / "valannot" / "A_000030.png").unlink()
-    (tmp_path / "test" / "A_000030.png").write_bytes(b"no picture")
-    with pytest.raises(InputError) as error:
-        train.main(camvid)
-    assert "valannot/A_000030.png" in str(error.value)
-    assert "test/A_000030.png: is not an image" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
