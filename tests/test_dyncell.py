@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from whole_run import make_shallow
 
 import data
 import dyncell
@@ -93,32 +94,12 @@ def up(x, like):
 BN_FIELDS = "weight", "bias", "running_mean", "running_var"
 
 
-def torchvision_shapes():
-    """Keys and shapes of torchvision's mobilenet_v2().features[:18], from the MobileNet-v2 paper's table."""
-    shapes = {}
-
-    def conv_bn(conv, bn, *weight):
-        shapes[f"{conv}.weight"] = weight
-        shapes.update({f"{bn}.{field}": weight[:1] for field in BN_FIELDS})
-        shapes[f"{bn}.num_batches_tracked"] = ()
-
-    conv_bn("features.0.0", "features.0.1", 32, 3, 3, 3)
-    outputs = [16] + [24] * 2 + [32] * 3 + [64] * 4 + [96] * 3 + [160] * 3 + [320]
-    for k, (cin, cout) in enumerate(zip([32] + outputs, outputs), start=1):
-        prefix, hidden, i = f"features.{k}.conv.", cin if k == 1 else 6 * cin, 0
-        if k > 1:  # the first block has no 1x1 expansion
-            conv_bn(f"{prefix}0.0", f"{prefix}0.1", hidden, cin, 1, 1)
-            i = 1
-        conv_bn(f"{prefix}{i}.0", f"{prefix}{i}.1", hidden, 1, 3, 3)
-        conv_bn(f"{prefix}{i + 1}", f"{prefix}{i + 2}", cout, hidden, 1, 1)
-    return shapes
-
-
 def torchvision_state():
-    """What torchvision's file holds: the features, and a head that the network has no place for."""
+    """What torchvision's file holds: the features, and a head that the network has no place for. The keys are
+    spelled out in test_encoder_by_hand, the numbers of channels in test_resolutions."""
     state = {}
-    for key, shape in torchvision_shapes().items():
-        state[key] = torch.randn(shape) if shape else torch.tensor(7)
+    for key, value in dyncell.MobileNetV2().state_dict().items():
+        state[key] = torch.randn(value.shape) if value.dim() else torch.tensor(7)
     state["features.18.0.weight"] = torch.zeros(1280, 320, 1, 1)
     for field in BN_FIELDS:
         state[f"features.18.1.{field}"] = torch.zeros(1280)
@@ -168,22 +149,19 @@ def test_resolutions(size):
 
 @pytest.mark.parametrize("source", ["torchvision's", pytest.param("ours", marks=pytest.mark.skipif(
     not WEIGHTS.exists(), reason="the ImageNet encoder lies in ../shared, which is not here"))])
-def test_takes_weights_in_torchvisions_keys_and_shapes(source):
+def test_takes_torchvisions_weights(source):
     encoder = dyncell.MobileNetV2()
     state = torch.load(WEIGHTS, weights_only=True) if source == "ours" else torchvision_state()
     encoder.load_imagenet(dict(state))
-    own = encoder.state_dict()
-    assert own.keys() == torchvision_shapes().keys()
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape", "empty"])
 def test_refuses_other_weights(change):
     state, key = torchvision_state(), "features.5.conv.1.0.weight"
     value = state.pop(key)
-    if change != "missing":
-        state |= {"extra": {key: value, "features.19.weight": value}, "renamed": {f"module.{key}": value},
-                  "shape": {key: value[:-1]}, "empty": {}}[change]
+    state |= {"missing": {}, "extra": {key: value, "features.19.weight": value}, "empty": {},
+              "renamed": {f"module.{key}": value}, "shape": {key: value[:-1]}}[change]
     with pytest.raises(ValueError, match="features"):
         dyncell.MobileNetV2().load_imagenet({} if change == "empty" else state)
 
@@ -503,16 +481,12 @@ def test_clip_equals_steps(video):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("every", [1, 2, 4, 9])
-def test_key_frames_restart_the_state(video, every):
+def test_key_frames_restart_the_state(video):
     segmenter, frames = video
-    close(segmenter(frames, key_frame_every=every),
-          torch.cat([steps(segmenter, part) for part in frames.split(every, dim=1)], dim=1))
-
-
-@torch.no_grad()
-def test_without_a_cell_it_is_the_static_network(video):
-    segmenter, frames = video
+    for every in (2, 4, 9):
+        close(segmenter(frames, key_frame_every=every),
+              torch.cat([steps(segmenter, part) for part in frames.split(every, dim=1)], dim=1))
+    # Without a cell, and where every frame is a key frame, it is the static network.
     baseline = VideoSegmenter(segmenter.static, None)
     expected = segmenter.static(frames.flatten(0, 1)).unflatten(0, (2, 5))
     for logits in (baseline(frames), baseline(frames, key_frame_every=2), steps(baseline, frames),
@@ -537,7 +511,7 @@ def test_stream_memory_does_not_grow(video):
     """A state owns what it shows: no view into a clip, no graph. Nothing else stays alive between steps."""
     segmenter, frames = video
     state, alive = None, []
-    for t in range(5):
+    for t in range(4):
         logits, state = segmenter.step(frames[:, t], state)
         for x in state:
             assert x.grad_fn is None and x.untyped_storage().nbytes() == x.numel() * x.element_size()
@@ -619,25 +593,21 @@ def test_segment_refuses(segmenter):
 
 
 def test_step_and_forward_refuse(segmenter):
+    """gap's batch norm can't train on one image; whatever has no gap in training mode still runs."""
     image, small = torch.zeros(1, 3, 64, 64, **DOUBLE), torch.zeros(1, 3, 32, 64, **DOUBLE)
     _, state = segmenter.step(image)
     for call in (lambda: segmenter.step(image.byte()), lambda: segmenter(image[None].byte())):
         with pytest.raises(ValueError, match="uint8: normalise them"):
             call()
     narrow = State(state.layer4, state.dec[:, :, 1:])
-    for image, wrong in ((small, state), (image.expand(2, -1, -1, -1), state), (image, narrow)):
+    for other, wrong in ((small, state), (image.expand(2, -1, -1, -1), state), (image, narrow)):
         with pytest.raises(ValueError, match="another frame size"):
-            segmenter.step(image, wrong)
-
-
-def test_step_in_training_mode(segmenter):
-    """gap's batch norm can't train on one image; whatever has no gap in training mode still runs."""
-    training, image = copy.deepcopy(segmenter).train(), torch.randn(1, 3, 64, 64, **DOUBLE)
+            segmenter.step(other, wrong)
+    training = copy.deepcopy(segmenter).train()
     with pytest.raises(ValueError, match="gap's batch norm can't train on a batch of one"):
         training.step(image)
-    _, state = training.step(image.expand(2, -1, -1, -1))
+    training.step(image.expand(2, -1, -1, -1))
     training.static.eval()
-    _, state = training.step(image)
     training.step(image, state)                           # the attention cell has no gap
     training.cell = DynamicCell([("layer2", "layer4", "gap", "skip", "sum")], 11).double()
     with pytest.raises(ValueError, match="batch of one"):
@@ -713,34 +683,21 @@ def network(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
-def test_compiles_to_one_graph(name):
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_compiles_to_one_graph_and_exports_and_traces_with_any_height_and_width(name, monkeypatch):
+    make_shallow(monkeypatch.setattr)
     torch.compiler.reset()                                # it gives up after eight cells in one process
-    module, inputs = network(name)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    x = inputs(2, 3)
-    close(compiled(*x), module(*x), 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
-def test_exports_with_any_height_and_width(name):
     module, inputs = network(name)
     h, w = torch.export.Dim("h", min=2, max=64), torch.export.Dim("w", min=2, max=64)
     factors = [32] if name == "arch2" else [32 // step for step in STEPS.values()]  # of h and w, each input
     sizes = tuple({2: factor * h, 3: factor * w} if factor > 1 else {2: h, 3: w} for factor in factors)
     exported = torch.export.export(module, inputs(2, 3), dynamic_shapes=sizes).module()
-    for x in (inputs(2, 3), inputs(4, 2)):
-        close(exported(*x), module(*x), 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_traces(name):
-    module, inputs = network(name)
     traced = torch.jit.trace(module, inputs(2, 3))
     for x in (inputs(2, 3), inputs(4, 2)):
+        close(exported(*x), module(*x), 1e-5)
         close(traced(*x), module(*x), 1e-5)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    close(compiled(*x), module(*x), 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -106,6 +106,17 @@ def as_script(monkeypatch, name, *arguments):
     return 0
 
 
+def run_predict(run, source, output, *more):
+    train.main(["--stage", "predict", "--run", str(run), "--input", str(source), "--output", str(output),
+                *more])
+    return output
+
+
+def content_of(folder):
+    """{name: content} of all files in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def start(folder, *arguments, kill=None, limit=None):
     """The small run's command in a process of its own.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from whole_run import arguments_of, small, smoke
+from whole_run import arguments_of, content_of, run_predict, small, smoke
 
 import data
 import train
@@ -26,12 +26,6 @@ def folder_of(folder, *names, size=(64, 48)):
     for k, name in enumerate(names):
         picture(k, size).save(folder / name)
     return folder
-
-
-def run_predict(run, source, output, *more):
-    train.main(["--stage", "predict", "--run", str(run), "--input", str(source), "--output", str(output),
-                *more])
-    return output
 
 
 # ---- 1. memory
@@ -104,38 +98,14 @@ def test_a_phones_picture_is_one_image_and_upright(tmp_path):
 
 # ---- 3. predict, output
 
-def test_classes_and_a_legend_lie_beside_the_label_maps(smoke, small, tmp_path):
-    out = run_predict(smoke, folder_of(tmp_path / "f", "1.png"), tmp_path / "out")
-    rows = json.loads((out / "classes.json").read_text())
-    assert [row["name"] for row in rows] == data.Synthetic.classes and rows[1]["colour"] == [230, 159, 0]
-    assert Image.open(out / "legend.png").width > 100
-
-
-@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_the_animation_keeps_the_inputs_timing(smoke, small, tmp_path, kind):
-    picture(0).save(tmp_path / f"a.{kind}", save_all=True, append_images=[picture(1), picture(2)],
-                    duration=[40, 80, 200])
-    out = run_predict(smoke, tmp_path / f"a.{kind}", tmp_path / "out", "--network", "static")
-    durations = []
-    with Image.open(out / "overlay.webp") as animation:
-        for k in range(animation.n_frames):
-            animation.seek(k)
-            animation.load()
-            durations.append(animation.info["duration"])
-    assert durations == [40, 80, 200]
-
-
-def test_a_checkpoint_alone_is_enough(smoke, small, tmp_path, capsys):
+def test_a_checkpoint_alone_is_enough(smoke, small, tmp_path):
     frames = folder_of(tmp_path / "f", "1.png", "2.png")
     (tmp_path / "mail").mkdir()
     path = tmp_path / "mail" / "the best.pt"
     path.write_bytes((smoke / "cell-0.pt").read_bytes())
     out = run_predict(tmp_path / "nowhere", frames, tmp_path / "out", "--network", str(path))
     same = run_predict(smoke, frames, tmp_path / "same", "--network", "cell-0")
-    for file in sorted((same / "labels").iterdir()):
-        assert file.read_bytes() == (out / "labels" / file.name).read_bytes()
-    with pytest.raises(InputError, match="NOSUCH.pt: no such file; there are baseline, .*cell-0, .*static"):
-        run_predict(smoke, frames, tmp_path / "new", "--network", "NOSUCH")
+    assert content_of(out / "labels") == content_of(same / "labels")
     with pytest.raises(InputError, match="--static-epochs 77: does nothing with --stage predict"):
         run_predict(smoke, frames, tmp_path / "new", "--static-epochs", "77")
 
@@ -179,14 +149,6 @@ def test_a_cell_is_a_name_a_file_a_checkpoint_or_a_text(smoke, tmp_path):
     assert cells.cell_of("decoder") == ("decoder", "decoder")
     for text in ("warp", CELLS["warp"].to_json(), str(CELLS["warp"])):
         assert cells.cell_of(text) == ("warp", CELLS["warp"]) and cells.cell_text(text) == "warp"
-
-
-@pytest.mark.parametrize("text", ["warp9", "nowhere.json", "[1, 2]", "{}", "node0 = sum(skip(dec), "
-                                                                           "skip(dec))", "nowhere.pt"])
-def test_what_is_no_cell_is_told_in_one_line(text):
-    with pytest.raises(InputError, match="--cell") as error:
-        cells.cell_of(text)
-    assert "\n" not in str(error.value)
 
 
 # ---- 5. one's own data: the checks are in tests/test_data.py

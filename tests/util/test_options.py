@@ -104,6 +104,8 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--latency-target 3", "--latency-target: does nothing without --latency-weight"),
     ("--static nowhere.pt", "nowhere.pt: no such file; --static takes"),
     ("--cell nowhere.json", "'nowhere.json' (No such file or directory)"),
+    ("--cell nowhere.pt", "--cell"), ("--cell {}", "--cell"),
+    ("--cell sum(skip(dec),skip(dec))", "--cell"),
     ("--cell [1,2]", "a genotype has five tokens a layer, got 2 tokens"),
     ("--encoder-weights nowhere.pth", "nowhere.pth: no such file"),
     ("--device warp9", "--device warp9"),

@@ -1,9 +1,11 @@
 """util/predict.py: one's own video, by a network of a finished run."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from whole_run import small, smoke
+from whole_run import content_of, run_predict, small, smoke
 
 import data
 import train
@@ -19,11 +21,6 @@ def frames_folder(tmp_path, small):
     for frame in dataset.clips[0]:
         Image.fromarray(dataset.read(frame)[0]).save(folder / f"{frame.image.name}.png")
     return folder
-
-
-def run_predict(smoke, source, output, *more):
-    train.main(["--stage", "predict", "--run", str(smoke), "--input", str(source), "--output", str(output),
-                *more])
 
 
 @pytest.mark.parametrize("every", [0, 3])
@@ -43,27 +40,39 @@ def test_predict_writes_the_labels_that_evaluate_scores(smoke, frames_folder, tm
     assert len(list((out / "overlay").iterdir())) == Image.open(out / "overlay.webp").n_frames == len(written)
 
 
-def test_the_network_is_the_best_on_val_if_none_is_named(smoke, frames_folder, tmp_path, capsys):
-    run_predict(smoke, frames_folder, tmp_path / "out")
-    best = runs.load(smoke / "results.json")["best"]
-    assert f"predict: 4 frames by {best}, key frame first only" in capsys.readouterr().out
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_an_animation_keeps_its_timing(smoke, frames_folder, tmp_path, kind):
+    first, *rest = [Image.open(path) for path in sorted(frames_folder.iterdir())[:3]]
+    first.save(tmp_path / f"a.{kind}", save_all=True, append_images=rest, duration=[40, 80, 200])
+    run_predict(smoke, tmp_path / f"a.{kind}", tmp_path / "out", "--network", "static")
+    assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
+    durations = []
+    with Image.open(tmp_path / "out" / "overlay.webp") as animation:
+        for k in range(animation.n_frames):
+            animation.seek(k)
+            animation.load()
+            durations.append(animation.info["duration"])
+    assert durations == [40, 80, 200]
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp", "png", "one"])
-def test_animations_and_one_image_are_taken(smoke, frames_folder, tmp_path, kind):
-    first, *rest = [Image.open(path) for path in sorted(frames_folder.iterdir())]
-    source = tmp_path / ("one.png" if kind == "one" else f"animation.{kind}")
-    more = {} if kind == "one" else {"save_all": True, "append_images": rest}
-    first.save(source, **more)
-    run_predict(smoke, source, tmp_path / "out", "--network", "static")
-    assert len(list((tmp_path / "out" / "labels").iterdir())) == (1 if kind == "one" else 1 + len(rest))
+def test_one_image_is_taken_and_classes_and_a_legend_lie_beside_the_label_maps(
+        smoke, frames_folder, tmp_path):
+    out = tmp_path / "out"
+    run_predict(smoke, next(frames_folder.iterdir()), out)
+    assert len(list((out / "labels").iterdir())) == 1
+    rows = json.loads((out / "classes.json").read_text())
+    assert [row["name"] for row in rows] == data.Synthetic.classes and rows[1]["colour"] == [230, 159, 0]
+    assert Image.open(out / "legend.png").width > 100
 
 
 def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monkeypatch, capsys):
+    """And the network is the best on val if none is named."""
     monkeypatch.setattr(predict, "ANIMATION", (2, 32))                    # frames and width at most
-    run_predict(smoke, frames_folder, tmp_path / "out", "--network", "static")
-    animation = Image.open(tmp_path / "out" / "overlay.webp")
-    assert animation.n_frames == 2 and animation.width == 32 and "one frame in 2" in capsys.readouterr().out
+    run_predict(smoke, frames_folder, tmp_path / "out")
+    animation, said = Image.open(tmp_path / "out" / "overlay.webp"), capsys.readouterr().out
+    assert animation.n_frames == 2 and animation.width == 32 and "one frame in 2" in said
+    best = runs.load(smoke / "results.json")["best"]
+    assert f"predict: 4 frames by {best}, key frame first only" in said
 
 
 def spoil(folder, fault):
@@ -95,12 +104,7 @@ def test_what_is_wrong_with_a_frame_is_said_before_the_work(smoke, frames_folder
     assert not (tmp_path / "out").exists()
 
 
-class Stop(Exception):
-    """Ctrl-C, to the work."""
-
-
-@pytest.mark.parametrize("network", ["static", "cell-0"])
-@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("network, every", [("static", 0), ("cell-0", 0), ("cell-0", 2)])
 def test_a_prediction_that_was_stopped_continues_to_the_same_pictures(
         smoke, frames_folder, tmp_path, monkeypatch, network, every):
     flags, written = ("--network", network, "--key-frame-every", str(every)), figures.save_indexed
@@ -108,35 +112,27 @@ def test_a_prediction_that_was_stopped_continues_to_the_same_pictures(
 
     def stop(path, *more):
         if path.stem.endswith("3"):
-            raise Stop
+            raise KeyboardInterrupt
         written(path, *more)
     monkeypatch.setattr(figures, "save_indexed", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         run_predict(smoke, frames_folder, tmp_path / "out", *flags)
     monkeypatch.setattr(figures, "save_indexed", written)
     assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
     run_predict(smoke, frames_folder, tmp_path / "out", *flags)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
     with pytest.raises(InputError, match="out: holds a prediction of other frames or by another network"):
         run_predict(smoke, frames_folder, tmp_path / "out", "--network", "baseline")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
-def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_nothing_is_overwritten(smoke, frames_folder, tmp_path):
+def test_nothing_is_overwritten_or_made_for_what_is_not_there(smoke, frames_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds files already"):
-        run_predict(smoke, frames_folder, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize("source, network, said", [("nowhere", "static", "nowhere: no such file"),
-                                                   ("frames", "cell-7", "cell-7.pt: no such file")])
-def test_what_is_not_there_is_told_and_nothing_is_made(smoke, frames_folder, tmp_path, source, network, said):
-    with pytest.raises(InputError, match=said):
-        run_predict(smoke, tmp_path / source, tmp_path / "new", "--network", network)
-    assert not (tmp_path / "new").exists()
+    for source, output, network, said in (
+            ("frames", "out", "static", "holds files already"),
+            ("nowhere", "new", "static", "nowhere: no such file"),
+            ("frames", "new", "NOSUCH", "NOSUCH.pt: no such file; there are baseline, .*cell-0, .*static")):
+        with pytest.raises(InputError, match=said):
+            run_predict(smoke, tmp_path / source, tmp_path / output, "--network", network)
+    assert content_of(tmp_path / "out").keys() == {"mine.txt"} and not (tmp_path / "new").exists()

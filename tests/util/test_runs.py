@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from whole_run import FORKED, arguments_of, copy_of, make_small, run_forked, small, smoke, start, write_to
+from whole_run import (FORKED, arguments_of, content_of, copy_of, make_small, run_forked, small, smoke, start,
+                       write_to)
 
 import data
 import train
@@ -100,12 +101,7 @@ def test_a_training_has_one_file_which_holds_optimisers_until_it_is_finished(run
     assert saved["genotype"] == GENOTYPE.to_json() and saved["past"] is False
     assert run.finished("tiny")
     assert [path.name for path in run.folder.iterdir()] == ["tiny.pt"]
-
-
-def test_a_training_of_no_epochs_is_finished_as_it_is(run):
-    model = torch.nn.Linear(4, 1)
-    assert not list(run.epochs("none", 0, {"static": model}, []))
-    assert run.finished("none")
+    assert not list(run.epochs("none", 0, {"static": torch.nn.Linear(4, 1)}, [])) and run.finished("none")
 
 
 def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
@@ -174,16 +170,13 @@ def test_a_log_with_a_line_that_is_no_candidates_is_refused(run, text):
 
 
 def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(run, capsys):
-    """Sums may round otherwise there; the rewards belong to what was trained."""
+    """Sums may round otherwise there; the rewards belong to what was trained. Fewer are of another recipe."""
     run.path("log.jsonl").write_text(lines(1))
     sampled = torch.tensor([TOKENS, TOKENS, TOKENS]) + torch.tensor([[0] * 10, [0, 1] + [0] * 8, [0] * 10])
     tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
     assert tokens.tolist() == [TOKENS, TOKENS, TOKENS] and sampled[1].tolist() != TOKENS
     said = capsys.readouterr().out
     assert "log.jsonl: " in said and "candidate 1" in said and "the log's is taken" in said
-
-
-def test_a_candidate_of_another_number_of_tokens_is_refused(run):
     run.path("log.jsonl").write_text(lines(0, tokens=TOKENS[:5]))
     with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10: .*use another --run"):
         run.log("log.jsonl").tokens([0], torch.tensor([TOKENS]))
@@ -258,10 +251,6 @@ def test_the_stages_of_fields_written_out_by_hand(stage, names):
     assert {stage_of(name) for name in names.split()} == {stage}
 
 
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("flags, said", [
     ("--static-epochs 7", "another recipe .*static_epochs 3 there, 7 now.*--static-epochs first"),
     ("--seed 1 --momentum 0.1 --static-epochs 7 --static-batch 9 --poly-power 1 --cell-lr 1 --cell-layers 3",
@@ -314,8 +303,7 @@ def test_a_stage_makes_the_same_whatever_later_stages_are_told(
 
 def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_path):
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
-    run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
-    run.recipe = options.as_recipe(runs.load(folder / "recipe.json"), "", train.Recipe)
+    run = Run(folder, options.as_recipe(runs.load(folder / "recipe.json"), "", train.Recipe), device="cpu")
     other = {"static": Arch2(3).state_dict(), "recipe": dataclasses.asdict(run.recipe)}
     torch.save(other, folder / "baseline.pt")
     torch.save([1, 2], folder / "list.pt")
@@ -330,6 +318,11 @@ def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_pa
     torch.save(saved, folder / "static.pt")
     with pytest.raises(InputError, match="static.pt: made by another version.* no momentum; use another"):
         run.load("static")
+    (folder / "cell-0.partial.pt").write_bytes(b"of the version before")
+    before = content_of(folder)
+    with pytest.raises(InputError, match="cell-0.partial.pt: of an earlier version.*; use another") as error:
+        train.main(arguments_of(folder))
+    assert "\n" not in str(error.value) and content_of(folder) == before
 
 
 def test_a_finished_network_of_the_version_before_is_read(smoke, small, tmp_path):
@@ -339,18 +332,7 @@ def test_a_finished_network_of_the_version_before_is_read(smoke, small, tmp_path
     torch.save({name: saved[name] for name in ("static", "history", "recipe")}, folder / "static.pt")
     command = options.parse(arguments_of(folder), train.Recipe, recipe_for, train.STAGES, "")
     with options.open_run(command) as run:
-        assert run.finished("static")
-        static = run.load("static").static.state_dict()
-    assert all(torch.equal(value, static[key]) for key, value in saved["static"].items())
-
-
-def test_a_partial_checkpoint_of_the_version_before_is_refused(smoke, small, tmp_path):
-    folder = copy_of(smoke, tmp_path, "recipe.json")
-    (folder / "static.partial.pt").write_bytes(b"old")
-    with pytest.raises(InputError, match="static.partial.pt: of an earlier version.*; use another") as error:
-        train.main(arguments_of(folder))
-    assert "\n" not in str(error.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["recipe.json", "static.partial.pt"]
+        assert run.finished("static") and same(run.load("static").static.state_dict(), saved["static"])
 
 
 def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
