@@ -51,28 +51,34 @@ def names(run, **changes):
 
 
 def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named_ones(run):
-    """Different cells; none that failed; the best one again without its past."""
+    """Different cells; none that failed; the best one again without its past. Controls are what is no cell
+    and what has no past: predict takes a cell that was found or named."""
     write_log(run, "search.jsonl", CANDIDATES)
     write_log(run, "random.jsonl", CANDIDATES[:1])
     assert names(run, search_strategy="both", cells=3, cell=("warp", "decoder")) == [
         "baseline", "cell-0", "cell-0-without-past", "cell-1", "random-0", "cell-warp", "cell-decoder"]
-    assert [network.name for network in compare.networks(run) if not network.past] == ["cell-0-without-past"]
+    found = compare.networks(run)
+    assert [network.name for network in found if not network.past] == ["cell-0-without-past"]
+    assert [network.name for network in found if network.control] == [
+        "baseline", "cell-0-without-past", "cell-decoder"]
     assert names(run, search_strategy="random", cell=()) == ["baseline", "random-0"]
     assert names(run, cells=0, cell=("concat",)) == ["baseline", "cell-concat"]
 
 
-def test_every_network_is_trained_as_often_as_there_are_seeds(run):
+def test_seeds_cells_without_a_past_and_fewer_candidates(run):
+    """Every network is trained as often as there are seeds. A cell that does not look at the past has no row
+    without it. Fewer candidates only use the first ones."""
     write_log(run, "search.jsonl", CANDIDATES)
     assert names(run, cells=1, seeds=2) == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1",
                                             "cell-0-without-past", "cell-0-without-past-seed1"]
     assert [network.seed for network in compare.networks(run)] == [0, 1, 0, 1, 0, 1]
-
-
-def test_a_cell_that_does_not_look_at_the_past_has_no_row_without_it(run):
-    write_log(run, "search.jsonl", CANDIDATES[:1])
-    assert names(run, cells=1) == ["baseline", "cell-0"]
-    write_log(run, "search.jsonl", CANDIDATES)
-    assert names(run, without_past=False) == ["baseline", "cell-0"]
+    assert names(run, seeds=1, without_past=False) == ["baseline", "cell-0"]
+    assert compare.networks(run)[1].genotype == Genotype(BEST)
+    assert names(run, without_past=True, search_candidates=1) == ["baseline", "cell-0"]
+    assert compare.networks(run)[1].genotype == Genotype(BLIND)
+    write_log(run, "search.jsonl", CANDIDATES[1:2])
+    with pytest.raises(InputError, match="search.jsonl: no candidate came through"):
+        compare.networks(run)
 
 
 @pytest.mark.parametrize("file", ["cell-0", "cell-0-alone"])
@@ -84,29 +90,6 @@ def test_a_cell_that_was_trained_keeps_its_name_when_a_better_one_is_found(run, 
     assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
 
 
-def test_fewer_candidates_only_use_the_first_ones(run):
-    write_log(run, "search.jsonl", CANDIDATES)
-    cells = {}
-    for count in (1, 3):
-        run.recipe.search_candidates, run.recipe.cells = count, 1
-        cells[count] = compare.networks(run)[1].genotype
-    assert cells == {1: Genotype(BLIND), 3: Genotype(BEST)}
-
-
-def test_a_search_of_which_no_candidate_came_through_is_told(run):
-    write_log(run, "search.jsonl", CANDIDATES[1:2])
-    with pytest.raises(InputError, match="search.jsonl: no candidate came through"):
-        compare.networks(run)
-
-
-def test_controls_are_what_is_no_cell_and_what_has_no_past():
-    """They have a row each, but what predict takes is a cell that was found or named."""
-    genotype = Genotype(BEST)
-    assert not Network("cell-0", "", genotype).control
-    assert Network("cell-0-without-past", "", genotype, past=False).control
-    assert Network("cell-decoder", "", compare.DECODER).control and Network("baseline", "").control
-
-
 # ---- the table
 
 def results_of(folder):
@@ -114,7 +97,9 @@ def results_of(folder):
 
 
 def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
-    out, rows = (smoke.parent / "run.out").read_text(), results_of(smoke)["rows"]
+    """The best is the cell that is best on val, and no control."""
+    out, results = (smoke.parent / "run.out").read_text(), results_of(smoke)
+    rows = results["rows"]
     log = [entry for entry in runs.read_log(smoke / "search.jsonl").values() if entry["status"] == "ok"]
     best = Genotype.from_tokens(max(log, key=lambda entry: entry["reward"])["tokens"])
     assert [(row["name"], row["key_frame_every"]) for row in rows] == [
@@ -129,13 +114,7 @@ def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
         assert f" {100 * row['test']['miou']:.1f} " in out and f"{row['parameters']:,}" in line
         assert all(iou is None or 0 <= iou <= 1 for iou in row["val"]["iou"].values())
     assert len({row["test"]["miou"] for row in rows}) > 5                 # the test sees more than one answer
-
-
-def test_the_best_is_the_cell_that_is_best_on_val_and_no_control(smoke):
-    results = results_of(smoke)
-    found = [row for row in results["rows"]
-             if row["name"] in ("cell-0", "random-0") and row["key_frame_every"] == 0]
-    assert results["best"] == max(found, key=lambda row: row["val"]["miou"])["name"]
+    assert results["best"] == max(rows[2], rows[6], key=lambda row: row["val"]["miou"])["name"]
     assert results["reported"] == "test"
 
 

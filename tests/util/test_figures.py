@@ -218,14 +218,12 @@ def test_lines_that_lie_on_each_other_are_all_seen():
         assert set(figures.SOURCES) <= colours_of(canvas, inputs)
 
 
-def test_few_candidates_are_called_few():
+def test_few_candidates_are_called_few_and_a_new_operation_is_drawn_too(monkeypatch):
     def title_width(count):
         pixels = np.array(figures.sampling([entry(k, 0.5) for k in range(count)]).finished())
         return np.flatnonzero((pixels[10:42] < 128).any(axis=(0, 2))).max()
+
     assert title_width(49) > title_width(50) + 200
-
-
-def test_a_new_operation_is_drawn_too(monkeypatch):
     monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
     cell = Genotype([("dec_prev", "layer2", "my_op", "skip", "sum")])
     canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(8)])
