@@ -241,27 +241,20 @@ def test_a_search_scores_on_the_frames_as_they_are(run, monkeypatch):
 
 
 def test_stored_outputs_are_what_the_static_network_says(run, untrained):
-    """Also of frames that would be padded, for meta-val."""
+    """Also of frames that would be padded, for meta-val; and mirror images, after all others."""
     static, (stored, _), _ = untrained
-    run.recipe.input_pad = 56
-    images, labels = run.frames("train")[[[6, 7]]]
+    run.recipe.input_pad, window = 56, torch.tensor([[6, 7]])
+    images, labels = run.frames("train")[window]
     images = data.normalise(images)[0]
-    for outputs in (stored, static_outputs(run, static, torch.tensor([[6, 7]]), transformed=False)):
-        sequences = outputs.pick(torch.tensor([[6, 7]]))
+    both = static_outputs(run, static, window, transformed=False, mirrored=True)
+    for sequences in (stored.pick(window), both.pick(window)):
         for name, x in say(run, static, images).items():
             assert close(sequences(name, 1), x[1:]) and not close(sequences(name, 0), x[1:])
         assert torch.equal(sequences("labels", 1), labels[:, 1])
-
-
-def test_mirror_images_are_stored_after_all_others(run, untrained):
-    static, (plain, _), _ = untrained
-    windows = torch.tensor([[3, 4]])
-    both = static_outputs(run, static, windows, mirrored=True)
-    before, after, mirrored = plain.pick(windows), both.pick(windows), both.pick(both.count + windows)
-    images, _ = run.frames("train")[[3]]
-    assert torch.equal(mirrored("labels", 0), before("labels", 0).flip(-1))
-    for name, x in say(run, static, data.normalise(images).flip(-1)).items():
-        assert close(mirrored(name, 0), x) and close(after(name, 0), before(name, 0))
+    mirrored = both.pick(both.count + window)
+    assert torch.equal(mirrored("labels", 0), labels[:, 0].flip(-1))
+    for name, x in say(run, static, images.flip(-1)).items():
+        assert close(mirrored(name, 0), x[:1])
 
 
 def test_stored_outputs_are_rolled_as_a_video_is(run, untrained):
@@ -745,7 +738,9 @@ def test_every_frame_is_decoded_once_and_an_unlabelled_one_is_not_for_the_baseli
     """CityScapes: of two frames the second is labelled. In float32, also where training has rounded more."""
     frames, read = run.frames("test"), []
     runs.set_tf32(True)                                     # as in a training
-    for k in (0, 2, 4, 6):
+    frames.list[0] = data.Frame(frames.list[0].image, None)               # first of three that are a window
+    answered(Answers(list(frames.labels[0 if cell else 1:]), cell))
+    for k in (2, 4, 6):
         frames.list[k] = data.Frame(frames.list[k].image, None)
     get = data.Frames.__getitem__
     monkeypatch.setattr(data.Frames, "__getitem__", lambda self, k: read.append(k) or get(self, k))
@@ -755,10 +750,3 @@ def test_every_frame_is_decoded_once_and_an_unlabelled_one_is_not_for_the_baseli
     assert answered(answers)["miou"] == 1 and math.isnan(answered(Answers(answers.maps, cell))["consistency"])
     assert read == seen + seen and answers.precise == [True] * len(seen)
     assert torch.backends.cuda.matmul.allow_tf32
-
-
-def test_three_frames_of_which_the_first_is_unlabelled_do_not_stop_the_baselines_evaluation(run, answered):
-    """One's own clips; data.sequences has such windows."""
-    frames = run.frames("test")
-    frames.list[0] = data.Frame(frames.list[0].image, None)
-    answered(Answers(list(frames.labels[1:]), cell=None))
