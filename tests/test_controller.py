@@ -289,7 +289,7 @@ def test_it_moves_toward_the_rewarded_string():
         assert change[0] > 0 > change[1]
     same = [p.detach().clone() for p in model.parameters()]
     old = model.log_prob(tokens)[0].detach()
-    PPO(model, epochs=3, entropy_weight=0).update(tokens, old, [0.3, 0.3])        # equal rewards teach nothing
+    PPO(model, epochs=3, entropy_weight=0).update(tokens, old, [0.3, 0.3])        # equal ones teach nothing
     assert all(torch.equal(a, b) for a, b in zip(same, model.parameters()))
 
 

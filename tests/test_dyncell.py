@@ -95,8 +95,8 @@ BN_FIELDS = "weight", "bias", "running_mean", "running_var"
 
 
 def torchvision_state():
-    """What torchvision's file holds: the features, and a head that the network has no place for. The keys are
-    spelled out in test_encoder_by_hand, the numbers of channels in test_resolutions."""
+    """What torchvision's file holds: the features, and a head that the network has no place for. The keys
+    are spelled out in test_encoder_by_hand, the numbers of channels in test_resolutions."""
     state = {}
     for key, value in dyncell.MobileNetV2().state_dict().items():
         state[key] = torch.randn(value.shape) if value.dim() else torch.tensor(7)
@@ -242,7 +242,8 @@ def test_genotype_round_trips():
     for genotype in random_genotypes(60):
         tokens = genotype.to_tokens()
         assert len(tokens) == 5 * len(genotype) and all(type(t) is int for t in tokens)
-        assert genotype == Genotype.from_tokens(torch.tensor(tokens)) == Genotype.from_tokens(np.array(tokens))
+        for flat in (torch.tensor(tokens), np.array(tokens)):
+            assert genotype == Genotype.from_tokens(flat)
         assert genotype == Genotype.from_json(genotype.to_json()) == Genotype.parse(str(genotype))
         assert genotype == copy.deepcopy(genotype) == pickle.loads(pickle.dumps(genotype))
         assert type(copy.deepcopy(genotype)) is Genotype and len({genotype, Genotype(genotype)}) == 1
@@ -717,7 +718,8 @@ def test_from_tokens_takes_flat_tokens_only():
 
 
 GOOD = dict(loc1="dec_prev", loc2="layer2", op1="deform3x3", op2="skip", agg="concat")
-PRINTED = "node0 = concat(skip(dec_prev), skip(layer2)); node1 = sum(gap(node0), zero(layer4)); out = [node1]"
+PRINTED = ("node0 = concat(skip(dec_prev), skip(layer2)); "
+           "node1 = sum(gap(node0), zero(layer4)); out = [node1]")
 TOKENS = [
     [], [0, 0, 0, 0], [0] * 6, [5, 0, 0, 0, 0], [0, 5, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 12, 0],
     [0, 0, 0, 0, 6], [-1, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, 0, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, True],

@@ -365,7 +365,7 @@ def test_a_candidate_below_the_running_average_is_stopped_half_way(run, untraine
     assert entry["stopped"] == stopped and entry["half_reward"] > 0
     assert (entry["reward"] == entry["half_reward"]) == stopped
     for changes in ({"early_stop": False}, {"search_epochs": 1, "search_batch": 1000}) if stopped else ():
-        run.recipe = dataclasses.replace(recipe, **changes)               # without it, or with one step only
+        run.recipe = dataclasses.replace(recipe, **changes)               # without it, or with one step
         entry = candidate(run, untrained, average=average)
         assert not entry["stopped"] and entry["half_reward"] is None
 

@@ -1,4 +1,4 @@
-"""A whole run that is small: five seconds, all stages. One is made for all tests that only look at it.
+"""A whole run that is small: a few seconds, all stages. One is made for all tests that only look at it.
 
     from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
                                          to be read or copied, never written to
@@ -38,8 +38,8 @@ FORKED.set_forkserver_preload(["whole_run", "torch._dynamo", "torch.distributed.
 
 
 def make_shallow(set_attribute):
-    """A static network of half as many modules, for tests of what is done with a network: 9 encoder blocks of
-    17, one entry of three in each contextual cell. The real one stands in tests/test_dyncell.py.
+    """A static network of half as many modules, for tests of what is done with a network: 8 encoder blocks
+    of 17, one entry of three in each contextual cell. The real one is tested in tests/test_dyncell.py.
 
     set_attribute: setattr in a process of one's own, monkeypatch.setattr in a test."""
     setting = [(expand, channels, 2 if channels == 96 else 1, stride)
@@ -114,7 +114,8 @@ def run_predict(run, source, output, *more):
 
 def content_of(folder):
     """{name: content} of all files in it."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def start(folder, *arguments, kill=None, limit=None):

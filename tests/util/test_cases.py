@@ -1,7 +1,6 @@
 """What people do with it: a test of each kind of use that once failed. docs/cases.md has what each prints."""
 import builtins
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import data
 import train
 from data import InputError
 from dyncell import CELLS, Arch2
-from util import cells, memory, predict, runs, weights
+from util import cells, memory, predict, runs
 from util.progress import Progress
 
 

@@ -14,7 +14,6 @@ from data import InputError
 from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter
 from train import recipe_for
 from util import compare, runs
-from util.compare import Network
 from util.runs import Run
 
 
@@ -66,8 +65,8 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
 
 
 def test_seeds_cells_without_a_past_and_fewer_candidates(run):
-    """Every network is trained as often as there are seeds. A cell that does not look at the past has no row
-    without it. Fewer candidates only use the first ones."""
+    """Every network is trained as often as there are seeds. A cell that does not look at the past has no
+    row without it. Fewer candidates only use the first ones."""
     write_log(run, "search.jsonl", CANDIDATES)
     assert names(run, cells=1, seeds=2) == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1",
                                             "cell-0-without-past", "cell-0-without-past-seed1"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from data import InputError
-from dyncell import INPUTS, Genotype
+from dyncell import Genotype
 from ops import AGGREGATIONS, OPERATIONS
 from util import figures
 
@@ -281,8 +281,9 @@ def test_curves_pass_through_their_points():
     (plot,) = canvas.plots                                # the empty panel is left out
     for (name, line), (_, colour) in zip(lines.items(), figures.STYLES):
         assert all(pixel(canvas, plot, x, y) == colour for x, y in line), name
-    for odd in ([(1, 2.0)], [(1, math.nan)], [(1, 1.0), (2, math.nan), (3, 1.0)], [(1, math.inf), (2, 0.0)]):
-        figures.curves("title", [("loss", {"a": odd})]).finished()
+    for odd in ([2.0], [math.nan], [1.0, math.nan, 1.0], [math.inf, 0.0]):
+        line = list(enumerate(odd, start=1))
+        figures.curves("title", [("loss", {"a": line})]).finished()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ def parse(*words):
 
 @pytest.mark.parametrize("words, dataset, schedule", [
     ("", "synthetic", "short"), ("--dataset camvid", "camvid", "paper"),
-    ("--dataset cityscapes", "cityscapes", "paper"), ("--dataset camvid --schedule smoke", "camvid", "smoke")])
+    ("--dataset cityscapes", "cityscapes", "paper"),
+    ("--dataset camvid --schedule smoke", "camvid", "smoke")])
 def test_each_dataset_has_its_schedule_and_folder(words, dataset, schedule):
     command = parse(*words.split())
-    assert command.recipe == recipe_for(dataset, schedule) and command.run == pathlib.Path(f"runs/{dataset}")
+    assert command.recipe == recipe_for(dataset, schedule)
+    assert command.run == pathlib.Path(f"runs/{dataset}")
     assert command.stages == list(train.STAGES) == "pretrain search finetune evaluate".split()
 
 

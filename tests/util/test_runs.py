@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from whole_run import (FORKED, arguments_of, content_of, copy_of, make_small, run_forked, small, smoke, start,
-                       write_to)
+from whole_run import (FORKED, arguments_of, content_of, copy_of, make_small, run_forked, small, smoke,
+                       start, write_to)
 
 import data
 import train
@@ -170,7 +170,7 @@ def test_a_log_with_a_line_that_is_no_candidates_is_refused(run, text):
 
 
 def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(run, capsys):
-    """Sums may round otherwise there; the rewards belong to what was trained. Fewer are of another recipe."""
+    """Sums may round otherwise there; the rewards belong to what was trained. Fewer: another recipe."""
     run.path("log.jsonl").write_text(lines(1))
     sampled = torch.tensor([TOKENS, TOKENS, TOKENS]) + torch.tensor([[0] * 10, [0, 1] + [0] * 8, [0] * 10])
     tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
@@ -419,7 +419,7 @@ def test_data_that_moved_are_the_same_and_others_are_refused(tmp_path, change, f
     ("cpu", ["zeros on cpu", "keep freed memory"])])
 def test_a_gpu_is_chosen_before_anything_is_put_on_one_and_only_a_cpus_allocator_is_changed(
         tmp_path, monkeypatch, name, expected):
-    """Else the first GPU, which somebody else may fill, would get a context. All is on "meta" but a CPU's."""
+    """Else the first GPU, which somebody else may fill, would get a context. A GPU's tensors are "meta"."""
     done = []
 
     def zeros(size, device):
@@ -813,8 +813,8 @@ def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(
 @needs_distributed
 def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, tmp_path):
     """Without a search: where every process asked the disk by itself whether there is work, one would be
-    ahead of the other and both wait forever. One process writes the table: two that write a file at the same
-    time find it half written, or renamed by the other."""
+    ahead of the other and both wait forever. One process writes the table: two that write a file at the
+    same time find it half written, or renamed by the other."""
     flags = "--cells", "0", "--cell", "concat", "--key-frames", "0"
     whole = copy_of(smoke, tmp_path / "whole", "nothing")
     folder = copy_of(smoke, tmp_path / "died", "nothing")
