@@ -597,7 +597,7 @@ def killed_again_and_again(smoke, tmp_path, kills, seed=0):
         starts += 1
         kill = None
         if len(stages) < kills:
-            kill = rng.uniform(0, 1.2), signals[len(stages) % 4]          # the whole run takes 4 s
+            kill = rng.uniform(0, rng.choice((1.0, 3.0))), signals[len(stages) % 4]     # a whole run: 4 s
         ended = start(folder, kill=kill)
         assert ended.status in (0, -9, 130, 143), ended.output[-3000:]
         assert starts < 10 * kills
