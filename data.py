@@ -382,11 +382,12 @@ class Synthetic:
     On a noisy ground, textured shapes drift slowly and hide each other. A shape's class is its texture:
     colour and pattern. But shapes *blink*: on half of the frames, at random, a shape is plain grey. Its
     outline is still seen, its class is not: a network that looks at this frame only has to guess one in
-    five. One that remembers the shape's last texture knows.
+    five. One that remembers the shape's last texture knows. And the camera *turns*: all moves by 24 pixels
+    a frame, three of the cells of 1/8 at which a network remembers, so that it must look for it there.
 
     A function of (split, seed) and of nothing else; root is not used. 96x128 pixels, 6 classes."""
 
-    SIZE, LIT, GREY = (96, 128), 0.5, 150.0
+    SIZE, LIT, GREY, TURN, AROUND = (96, 128), 0.5, 150.0, 24, 188        # pixels a frame, and once around
     SPLITS = {"train": (40, 8), "val": (8, 10), "test": (16, 10)}         # clips, frames in each
     classes = "ground stripes checks dots rings bars".split()
     palette = np.array([(96, 96, 96), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
@@ -409,6 +410,7 @@ class Synthetic:
         rng = np.random.default_rng(video)                                # the same for all frames of a clip
         height, width = self.SIZE
         y, x = np.mgrid[:height, :width].astype(np.float64)               # (H, W)
+        x -= self.TURN * time
         waves = np.zeros(self.SIZE)                                       # of the ground, brown-grey and soft
         for _ in range(2):
             waves += np.sin(rng.uniform(-.15, .15) * x + rng.uniform(-.15, .15) * y + rng.uniform(0, 6))
@@ -417,10 +419,11 @@ class Synthetic:
         for _ in range(rng.integers(4, 7)):                               # shapes, the later ones in front
             kind = rng.integers(1, len(self.classes))
             form, radius, angle = rng.integers(3), rng.uniform(13, 24), rng.uniform(0, np.pi)
-            cy, cx = rng.uniform(0, height), rng.uniform(0, width)
+            cy, cx = rng.uniform(0, height), rng.uniform(0, self.AROUND)
             vy, vx = rng.uniform(-1.5, 1.5, 2)                            # pixels a frame
             lit = rng.random(1000) < self.LIT                             # one draw a frame
             dy, dx = y - cy - vy * time, x - cx - vx * time
+            dx = (dx + self.AROUND / 2) % self.AROUND - self.AROUND / 2
             u = dx * np.cos(angle) + dy * np.sin(angle)                   # along the shape's own axes
             v = dy * np.cos(angle) - dx * np.sin(angle)
             inside = self._form(form, u, v, radius)                       # (H, W)

@@ -121,6 +121,7 @@ class Recipe(ForEndToEnd):
     search_strategy: str = field("ppo", "Sect. 3.3: ppo; [ours]: random, every token uniform; both")
     cells: int = field(2, "Sect. 4.2: number of best cells trained on; 0: no search, only --cell")
     cell: tuple[str, ...] = field((), "[ours]: cells to train by name")
+    median_cell: bool = field(False, "[ours]: random search's cell of median reward, too")
     without_past: bool = field(True, "[ours]: the best cell also with zeros in place of the previous frame")
     seeds: int = field(1, "[ours]: trainings of the baseline and of every cell")
     key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances; 0: first of a clip only")
@@ -163,9 +164,12 @@ SCHEDULES = {
         encoder_weights="none", auxiliary_cell=False, gradient_norm=0,
         static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
         static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
-        input_pad=0, cell_layers=3, search_candidates=8, search_epochs=4, search_batch=16,
-        early_stop_rule="average", **SHORT_PPO,
-        cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128), key_frames=(0, 3)),
+        input_pad=0, cell_layers=3,
+        search_strategy="both", search_candidates=56, search_epochs=1, search_batch=8,
+        early_stop_rule="average", controller_lr=5e-3, controller_rollout=2, controller_replay=0,
+        controller_epochs=2, controller_entropy=1e-3,
+        cells=1, median_cell=True, cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128),
+        key_frames=(0,)),
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
 }
 

@@ -56,8 +56,8 @@ def strategies(recipe):
     return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
 
 
-def best_genotypes(run, strategy):
-    """The `cells` best different genotypes among a search's candidates."""
+def ranked(run, strategy):
+    """The different genotypes among a search's candidates, the best first."""
     path, r = run.path(SEARCHES[strategy][0]), run.recipe
     entries = []
     for entry in read_log(path).values():
@@ -67,7 +67,7 @@ def best_genotypes(run, strategy):
         raise InputError(f"{path}: no candidate came through, so there is no cell to train; use another "
                          "--run")
     entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
-    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))[:r.cells]
+    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
 
 
 def numbered(run, kind, genotypes):
@@ -91,7 +91,8 @@ def networks(run):
     if run.rank == 0:
         for strategy in strategies(run.recipe):
             _, kind, said = SEARCHES[strategy]
-            best = best_genotypes(run, strategy)
+            order = ranked(run, strategy)
+            best = order[:run.recipe.cells]
             names = numbered(run, kind, best)
             for genotype, name in names.items():
                 chosen.append(Network(name, f"{name}, {said}", genotype))
@@ -99,6 +100,9 @@ def networks(run):
                 if genotype == best[0] and looks_back and kind == "cell" and run.recipe.without_past:
                     title = f"{name}, the past zeroed"
                     chosen.append(Network(f"{name}-without-past", title, genotype, past=False))
+            if run.recipe.median_cell and kind == "random":
+                for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
+                    chosen.append(Network(name, "random search's median cell", genotype))
         for text in run.recipe.cell:
             name, genotype = cell_of(text)
             chosen.append(Network(f"cell-{name}", TITLES.get(name, name), genotype))
@@ -169,6 +173,7 @@ def stage(run, name, stages):
             print(f"{name}: drew {path}")
         if name == "evaluate":
             print_table(load(run.path("results.json")))
+            print_rise(run)
             if run.recipe.static == "none" and run.recipe.static_epochs < 5:
                 print("\nThese numbers mean nothing: it was trained only to see that everything runs "
                       f"(--static-epochs {run.recipe.static_epochs}).")
@@ -400,3 +405,15 @@ def print_table(results):
     for title, rows in first.items():
         if rows[0]["genotype"]:
             print(f"{title}: {rows[0]['genotype']}")
+
+
+def print_rise(run, parts=4):
+    """Fig. 3 in a line for each search: do the later candidates have higher rewards?"""
+    for strategy in strategies(run.recipe):
+        file, _, said = SEARCHES[strategy]
+        rewards = [entry["reward"] for _, entry in sorted(read_log(run.path(file)).items())]
+        size = len(rewards) // parts
+        if size:
+            means = [statistics.mean(rewards[k * size:(k + 1) * size]) for k in range(parts)]
+            print(f"mean reward of {said}'s candidates, {size} at a time: "
+                  + " ".join(f"{mean:.2f}" for mean in means))

@@ -64,6 +64,25 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
     assert names(run, cells=0, cell=("concat",)) == ["baseline", "cell-concat"]
 
 
+def test_the_random_searchs_median_cell_keeps_its_name_too(run):
+    write_log(run, "random.jsonl", [("ok", reward, [(loc, 0, 0, 0, 0), (2, 5, 0, 0, 0)])
+                                    for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
+    assert names(run, search_strategy="random", cells=1, median_cell=True) == [
+        "baseline", "random-0", "random-median-0"]
+    assert compare.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
+    trained(run, "random-median-0", BLIND)                                # of a shorter search
+    assert names(run)[2:] == ["random-median-0", "random-median-1"]
+    assert compare.networks(run)[2].genotype == Genotype(BLIND)
+
+
+def test_the_rise_of_the_rewards_is_said_where_there_are_enough(run, capsys):
+    run.recipe.search_strategy = "both"
+    write_log(run, "search.jsonl", [("ok", reward / 10, BEST) for reward in (1, 3, 2, 4, 5, 5, 6, 8, 9)])
+    write_log(run, "random.jsonl", CANDIDATES[:3])
+    compare.print_rise(run)
+    assert capsys.readouterr().out == "mean reward of PPO's candidates, 2 at a time: 0.20 0.30 0.50 0.70\n"
+
+
 def test_seeds_cells_without_a_past_and_fewer_candidates(run):
     """Every network is trained as often as there are seeds. A cell that does not look at the past has no
     row without it. Fewer candidates only use the first ones."""
