@@ -322,7 +322,7 @@ def test_synthetic_is_ambiguous_in_one_frame():
 
 
 def test_synthetic_turns_by_three_cells_a_frame():
-    """Labels moved by 24 pixels agree with the next frame's, but for what drifts; where they were, they don't."""
+    """Labels moved by 24 pixels agree with the next frame's, but for what drifts; unmoved they don't."""
     dataset, still, turned = Synthetic(None, "train"), [], []
     for clip in dataset.clips:
         before, after = (dataset.read(frame)[1][:, 24:] for frame in clip[2:4])

@@ -67,7 +67,7 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
 def test_the_random_searchs_median_cell_keeps_its_name_too(run):
     write_log(run, "random.jsonl", [("ok", reward, [(loc, 0, 0, 0, 0), (2, 5, 0, 0, 0)])
                                     for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
-    assert names(run, search_strategy="random", cells=1, median_cell=True) == [
+    assert names(run, search_strategy="random", cells=1, search_candidates=5, median_cell=True) == [
         "baseline", "random-0", "random-median-0"]
     assert compare.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
     trained(run, "random-median-0", BLIND)                                # of a shorter search
