@@ -698,17 +698,17 @@ def draw(folder, stage=None, again=True):
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m util.figures",
-        description="Draws Figs. 3, 4, 5 and 7 and the training curves of a run of train.py into "
+        description="Draws Figs. 3, 4, 5 and 7 and the training curves of runs of train.py into "
                     "RUN/figures, as far as their files are there. Takes seconds.")
-    parser.add_argument("run", help="the folder of a run, as runs/synthetic")
-    folder = parser.parse_args(arguments).run
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; python -m util.figures RUN draws a run of train.py")
-    written = draw(folder)
-    if not written:
-        raise InputError(f"{folder}: holds nothing that can be drawn; is it the folder of a run?")
-    for path in written:
-        print(path)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, as runs/synthetic")
+    for folder in parser.parse_args(arguments).runs:
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder}: no such folder; python -m util.figures RUN draws a run of train.py")
+        written = draw(folder)
+        if not written:
+            raise InputError(f"{folder}: holds nothing that can be drawn; is it the folder of a run?")
+        for path in written:
+            print(path)
 
 
 if __name__ == "__main__":
