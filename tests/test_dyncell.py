@@ -583,7 +583,7 @@ def test_segment_refuses(segmenter):
                   None, "x", [[1]], np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), object)):
         with pytest.raises(ValueError, match=r"an image must be \(H, W, 3\) uint8"):
             segmenter.segment(image)
-    with pytest.raises(ValueError, match="the state is of another frame size; start with state=None"):
+    with pytest.raises(ValueError, match="the state belongs to a frame of another size; start with state=None"):
         segmenter.segment(torch.zeros(40, 90, 3, dtype=torch.uint8), state)
     for other in ("x", 3, tuple(state), torch.zeros(1)):
         with pytest.raises(ValueError, match="state must be what the last call returned"):
@@ -605,7 +605,7 @@ def test_step_and_forward_refuse(segmenter):
         with pytest.raises(ValueError, match="another frame size"):
             segmenter.step(other, wrong)
     training = copy.deepcopy(segmenter).train()
-    with pytest.raises(ValueError, match="gap's batch norm can't train on a batch of one"):
+    with pytest.raises(ValueError, match="the batch norm of gap can't train on a single image"):
         training.step(image)
     training.step(image.expand(2, -1, -1, -1))
     training.static.eval()
