@@ -202,7 +202,8 @@ class Confusion:
         ValueError when the shapes differ, or a value is not one of the classes."""
         pred, label = torch.as_tensor(pred), torch.as_tensor(label)
         if pred.shape != label.shape:
-            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have the same shape")
+            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have the same "
+                             "shape")
         C, counted = self.num_classes, label != IGNORE
         label, pred = label[counted].long(), pred[counted].long()         # (N,)
         for values in (label, pred):
@@ -665,8 +666,8 @@ def read_label(path, ids):
     raw = np.array(image)
     label = ids[raw]
     if label.min(initial=0) < 0:
-        raise InputError(f"{path}: label value {raw[label < 0][0]} is no class number; is this a coloured map, "
-                         "not the map of class numbers?")
+        raise InputError(f"{path}: label value {raw[label < 0][0]} is no class number; is this the "
+                         "coloured map, not the map of class numbers?")
     return label.astype(np.uint8)
 
 
@@ -728,8 +729,8 @@ def main(arguments=None):
     from util import datasets, download, figures
     from util.progress import Progress
     parser = argparse.ArgumentParser(
-        description="Prints the clips, windows and class shares of each split of a dataset. Draws a contact "
-                    "sheet with frames, labels and class colours. Takes seconds, on CityScapes minutes.")
+        description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
+                    "contact sheet with frames, labels and class colours. Takes seconds, on CityScapes minutes.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="default: synthetic")
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--output", default="contact-sheet.png",
