@@ -43,7 +43,7 @@ class Controller(nn.Module):
             raise ValueError(f"every size must be at least 1, got {list(sizes)} and {hidden} hidden units")
         self.choices = choices                            # number of tokens to choose from at each position
         self.rows = torch.tensor(rows)                    # (5L,) embedding row of each position's token 0
-        self.start = count                                # one more row: the first input, learned as in [18]
+        self.start = count                                # one more row, the first input; learned [18]
         self.embed = nn.Embedding(count + 1, hidden)
         self.lstm = nn.LSTM(hidden, hidden, num_layers=2, batch_first=True)
         # [ours] One output head per position, with as many outputs as the position has choices: nothing

@@ -730,9 +730,10 @@ def main(arguments=None):
     from util.progress import Progress
     parser = argparse.ArgumentParser(
         description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
-                    "contact sheet with frames, labels and class colours. Takes seconds, on CityScapes minutes.")
+                    "contact sheet of frames, labels and class colours. Seconds; on CityScapes minutes.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="default: synthetic")
-    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
+    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET; CamVid: "
+                                       "downloaded if there is none)")
     parser.add_argument("--output", default="contact-sheet.png",
                         help="file of the sheet (default: %(default)s); overwrites only an earlier sheet")
     args = parser.parse_args(arguments)
