@@ -59,7 +59,7 @@ FILES = {
     "safetensors": (lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{\"a\":{}}"), "is a safetensors file"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b123"), "is packed by gzip"),
     "text": (lambda path: path.write_text("weights"), "holds no weights"),
-    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "of another "
+    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "to another "
                                                                                          "network"),
     "another width": (lambda path: torch.save({"features.0.0.weight": torch.zeros(1)}, path),
                       "not torchvision"),
