@@ -7,8 +7,8 @@ In the order of the file: sequences (Sect. 4.1), transforms (Sect. 4.1, 6), scor
 datasets, and reading their files.
 
 Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory. In the network they are
-(3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 =
-ignore.
+(3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 means
+that the pixel is ignored.
 
 A dataset is a class `Name(root, split)`. Its `.clips` is a list of clips, each a list of Frame(image,
 label) in time order. `.read(frame)` returns the pixels; `.classes` and `.palette` are the classes' names
@@ -78,8 +78,7 @@ def number(frame):
 
 
 def meta_split(windows, share, rng):
-    """Sect. 4.1: a random, disjoint split -> meta-train and meta-val, each (N, T) sequences of frame
-    numbers.
+    """Sect. 4.1: a random, disjoint split -> meta-train, meta-val: (N, T) sequences of frame numbers each.
 
     [ours] Neighbouring sequences share frames. So meta-val consists of runs of about 12 neighbours, drawn
     at random. Other sequences that share a frame with them are left out. Raises InputError when less than
@@ -113,8 +112,7 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
     All T frames of a sequence get the same transform. The padding is ImageNet's mean and label 255.
     Returns (B, T, 3, h, w) float32 and (B, T, h, w) uint8. The generator must be on the CPU.
 
-    [ours] Scale, crop and flip are combined into one affine map per sequence: each pixel is sampled
-    once."""
+    [ours] All three are combined into one affine map per sequence, so each pixel is sampled only once."""
     B, T, H, W = labels.shape
     draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
     s = scale[0] + (scale[1] - scale[0]) * draw[0]                        # (B,)
@@ -230,8 +228,7 @@ class Confusion:
 
 class Consistency:
     """Video consistency (VSPW, Miao et al. 2021), which is not in the paper [ours]. Of the pixels whose
-    label is the same in `length` consecutive labelled frames: the share that is predicted right in all of
-    them."""
+    label is the same in `length` consecutive labelled frames: the share that is right in all of them."""
 
     def __init__(self, length):
         self.length, self.right, self.all = length, 0, 0
@@ -396,8 +393,7 @@ class CityScapes(Files):
 
 
 class Synthetic:
-    """Short videos drawn by code, in which a single frame is ambiguous and the frames before it help.
-    [ours]
+    """Short videos drawn by code, in which one frame is ambiguous and the frames before it help. [ours]
 
     Textured shapes drift slowly over a noisy ground and hide each other. The class of a shape is its
     texture, that is colour and pattern. Shapes *blink*: on half of the frames, chosen at random, a shape is
@@ -481,9 +477,8 @@ class Frames:
 
     in_memory=True reads all frames now, as uint8 (CamVid: 0.25 GB). A batch is then an index operation on
     the device, so there is no data loader. in_memory=False (CityScapes: 37 GB) checks every frame now, and
-    reads a batch with threads when it is needed. None keeps up to IN_MEMORY bytes in memory. Always
-    InputError names every problem before training starts. show(done, total) is called as frames are
-    read."""
+    reads a batch with threads when it is needed. None keeps up to IN_MEMORY bytes in memory. In all
+    cases InputError names every problem before training starts. show(done, total) is called on the way."""
 
     IN_MEMORY = 4e9
 
@@ -647,8 +642,7 @@ def read_image(path, formats=FORMATS):
 
 
 def look_at_image(path):
-    """(width, height) of the image that read_image would return, in less time. Raises the same
-    InputError."""
+    """(width, height) of the image that read_image would return, or its InputError, in less time."""
     image = open_image(path, small=True)
     check_mode(path, image)
     with Image.open(path, formats=FORMATS) as header:

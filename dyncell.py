@@ -36,8 +36,7 @@ TAPS = 24, 32, 96, 320             # channels of layer1 (1/4), layer2 (1/8), lay
 # Sect. 3.1: the encoder, MobileNet-v2 [Sandler et al. 2018]
 
 class InvertedResidual(nn.Module):
-    """1x1 conv to `expand` times the channels, depthwise 3x3, linear 1x1. A shortcut if the shape is
-    kept."""
+    """1x1 conv to `expand` times the channels, depthwise 3x3, linear 1x1. Shortcut if the shape is kept."""
 
     def __init__(self, cin, cout, stride, expand):
         super().__init__()
@@ -111,8 +110,7 @@ CONNECTIONS = (1, 3), (4, 3), (2, 2)
 
 class ContextualCell(nn.Module):
     """Node 0 is the input, node 1 = op5(node 0). An entry (p, q, a, b) appends three nodes: op_a(node p),
-    op_b(node q) and their sum. Node 1 and the sums are added up to the output, except any that an entry
-    uses:
+    op_b(node q) and their sum. The output adds up node 1 and the sums, except those that an entry uses:
 
         node 4 = gap(node 0) + conv3x3(node 0)           (the two terms are nodes 2 and 3)
         node 7 = conv1x1(node 3) + conv3x3(node 2)       (nodes 5 and 6)
@@ -142,8 +140,7 @@ class ContextualCell(nn.Module):
 
 
 class Block(nn.Module):
-    """A connection (i, j) of the decoder: the sum of two branches, each a contextual cell and a 1x1
-    conv."""
+    """A connection (i, j) of the decoder: adds two branches, each a contextual cell and a 1x1 conv."""
 
     def __init__(self):
         super().__init__()
@@ -163,8 +160,7 @@ class Arch2(nn.Module):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5.
 
     auxiliary adds a head to every block's output, for training only (Sect. 3.1). "cell" is a contextual
-    cell and a classifier, as in [18]'s code; "classifier" [ours] is a classifier alone, which costs
-    less."""
+    cell and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
 
     def __init__(self, num_classes, auxiliary=None):
         super().__init__()
@@ -209,8 +205,7 @@ class Arch2(nn.Module):
         return pred
 
     def forward_auxiliary(self, image):
-        """(B, 3, H, W) -> pred, and the list of auxiliary predictions. Each is (B, num_classes, H/8,
-        W/8)."""
+        """(B, 3, H, W) -> pred and the auxiliary predictions, a list. Each: (B, num_classes, H/8, W/8)."""
         _, pred, blocks = self.decode_blocks(self.encode(image))
         heads = zip(self.auxiliary, blocks)
         return pred, [resize(head(block), pred.shape[-2:]) for head, block in heads]

@@ -149,8 +149,7 @@ def _check_deform(input, offset, weight, bias, stride, padding, dilation, mask):
 # Building blocks
 
 def conv_bn_relu(cin, cout, kernel=1, rate=1):
-    """Convolution that keeps the resolution, batch norm, ReLU. `rate` is the dilation. No bias: BN has
-    one."""
+    """Convolution that keeps the resolution, BN, ReLU. `rate` is the dilation. No bias, as BN has one."""
     padding = rate * (kernel // 2)
     return nn.Sequential(nn.Conv2d(cin, cout, kernel, padding=padding, dilation=rate, bias=False),
                          nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
@@ -176,8 +175,7 @@ def to_larger(x, y):
 # Table 1: operations. The first eleven are those of the static search space [18], in its order.
 
 class DepthwiseInFloat32(nn.Conv2d):
-    """A depthwise convolution that stays in float32 under autocast on a CPU. On other devices it is
-    ordinary.
+    """A depthwise convolution that stays in float32 under autocast on a CPU; elsewhere an ordinary one.
 
     Used for every depthwise convolution except 3x3 with stride 1 and rate 1. The reason is the backward
     pass of torch 2.13 in bf16 on a CPU. If the convolution is strided or 5x5, that pass takes 4 to 16 times
@@ -297,8 +295,7 @@ class Attention(Aggregation):
 
 
 class Predictive(Aggregation):
-    """A 3x3 filter per pixel, predicted from x and applied to y (Li et al. [14]). Its nine taps are a
-    softmax."""
+    """A 3x3 filter per pixel, its taps a softmax, predicted from x and applied to y (Li et al. [14])."""
 
     def __init__(self, channels):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Additions to the paper: control networks, cells by name, several seeds, latency, and the table of
-results.
+"""Additions to the paper: control networks, cells by name, seeds, latency, and the table of results.
 
 A control is a network to which the cells are compared, and is never a run's best: the baseline trained as
 long, arch2's own decoder used as a cell, the best cell with the past zeroed."""
@@ -57,8 +56,7 @@ def strategies(recipe):
 
 
 def ranked(run, strategy):
-    """The distinct genotypes of a search, best reward first. Raises InputError if every candidate
-    failed."""
+    """The distinct genotypes of a search, best reward first. Raises InputError if all candidates failed."""
     path, r = run.path(SEARCHES[strategy][0]), run.recipe
     entries = []
     for entry in read_log(path).values():
@@ -201,8 +199,7 @@ def latency_worth(run, cell, static, stored, entry):
     """The factor (time / target) ** -latency_weight of a cell's reward; 1 if the weight is 0. [ours], after
     the outlook in Sect. 1.
 
-    The time is measured, so a search that uses it can be reproduced only as far as the machine's times
-    can."""
+    The time is measured, so such a search is only as reproducible as the machine's times."""
     if not run.recipe.latency_weight:
         return 1.0
     names = "layer4", "dec", "layer2", "layer3", "layer4"
@@ -292,8 +289,7 @@ class Table:
         return self.kept[network.name, every]
 
     def finish(self, segment_clips):
-        """Saves the name of the best cell on val, and the frames on which it and the baseline differ
-        most."""
+        """Saves the name of the best cell on val, and the frames where it and the baseline differ most."""
         if self.run.rank:
             return
         run, split = self.run, self.run.splits[-1]
@@ -394,7 +390,7 @@ def print_table(results):
     classes = results["rows"][0][split]["iou"]
     names = "".join(f" {name[:10]:>10}" for name in classes)
     print(f"\n{'IoU of each class (the first key frame)':38}{names}")
-    first = {}                                                    # key-frame distance of a title
+    first = {}                                                    # title: rows of its first distance
     for (title, _), rows in groups.items():
         first.setdefault(title, rows)
     for title, rows in first.items():

@@ -55,8 +55,7 @@ def fetch(dataset, root):
 
 
 def camvid(root):
-    """Downloads CamVid into a new folder root. If there is an archive root.zip, it is used instead, and
-    kept."""
+    """Downloads CamVid into a new folder root. If root.zip is there, it is used instead, and kept."""
     archive = root.with_name(root.name + ".zip")
     by_hand = archive.exists()
     download(CAMVID_URL, archive, "pass --data DIR")

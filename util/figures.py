@@ -215,8 +215,7 @@ def spread(wanted, sizes, low=-math.inf, high=math.inf):
 # A plot: axes with ticks at round numbers, dots, lines
 
 def round_ticks(values, at_most=6, whole=False):
-    """Ticks that enclose the values, with a distance of 1, 2 or 5 times a power of ten. For no values: 0 to
-    1."""
+    """Ticks that enclose the values, 1, 2 or 5 times a power of ten apart. Without values: 0 to 1."""
     values = [v for v in values if math.isfinite(v)] or [0, 1]
     low, high = min(values), max(values)
     if high - low <= 1e-6 * max(abs(low), abs(high)):     # one value, or all the same
@@ -264,8 +263,7 @@ class Plot:
                 self.canvas.mark(shape, colour, self.x(x), self.y(y), r)
 
     def line(self, points, shape, colour, width=2):
-        """shape: "line" or "dashed". A value that is not finite interrupts the line. A single value is a
-        dot."""
+        """shape: "line" or "dashed". A value that is not finite interrupts it. A single value is a dot."""
         pieces = [[]]
         for x, y in points:
             if math.isfinite(y):
@@ -394,8 +392,7 @@ def sampling(log):
 
 
 def shares(plot, candidates, lines, styles):
-    """A panel of Fig. 4. Lines may cover each other, so each has its own marks, at places where no other
-    has.
+    """A panel of Fig. 4. Lines may cover each other, so each has marks at places of its own.
 
     lines: {name: one value per candidate}. Each name stands beside the end of its line; names that would
     overlap are moved apart."""
@@ -426,8 +423,7 @@ def shares(plot, candidates, lines, styles):
 # Training curves
 
 def curves(title, panels):
-    """Panels side by side, each (label of y, {network: [(epoch, value), ...]}). Empty panels are left
-    out."""
+    """Panels side by side: (label of y, {network: [(epoch, value), ...]}). Empty ones are left out."""
     names = list(panels[0][1])
     styles = {name: STYLES[k % len(STYLES)] for k, name in enumerate(names)}
     panels = [(ylabel, lines) for ylabel, lines in panels if any(lines.values())]
@@ -532,8 +528,7 @@ def check_output(path):
 # Fig. 7: a cell as a diagram
 
 OP, AGG, INPUT, OUTPUT = (116, 32), (116, 48), (124, 52), (170, 48)       # widths and heights of the boxes
-# APART: from a layer's middle to each operation's; GUTTER: height between rows; LANE: width of a passing
-# line
+# APART: from a layer's middle to its operations; GUTTER: between rows; LANE: width of a passing line
 APART, GUTTER, LANE = 64, 64, 24
 
 
@@ -602,8 +597,7 @@ def curve(x0, y0, x1, y1):
 
 
 def cell(genotype, title):
-    """Fig. 7: a cell as a diagram. Lines from an input have that input's colour, lines from a layer are
-    black."""
+    """Fig. 7: a cell as a diagram. Lines from an input have its colour, lines from a layer are black."""
     boxes, edges = cell_layout(genotype)
     note = "operands of an aggregation from left to right; grey: an input that is not used, or zero"
     xs = [box[0] for box in boxes] + [box[2] for box in boxes]

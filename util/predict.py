@@ -266,8 +266,7 @@ def write_classes(output, classes, palette):
 
 
 def animate(output, video):
-    """Writes overlay.webp from the overlays, with the input's timing -> a remark if frames were left
-    out."""
+    """Writes overlay.webp from the overlays, in the input's timing -> a remark if frames are left out."""
     skip, frames, durations = math.ceil(len(video.names) / ANIMATION[0]), [], []
     for k in range(0, len(video.names), skip):
         frame = Image.open(output / "overlay" / f"{video.names[k]}.png")

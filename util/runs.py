@@ -424,8 +424,7 @@ class Run:
     # -- trainings
 
     def epochs(self, name, count, parts, optimizers, network=None):
-        """Yields the epochs of a training that are still to do, after restoring the earlier ones from
-        NAME.pt.
+        """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
 
         parts: the modules that are trained, {"static": module, "cell": module}. network: the
         util/compare.py Network that is trained; needed if there is a cell. NAME.pt holds the states of the
@@ -560,8 +559,7 @@ def keep_freed_memory():
 
 
 def launched():
-    """Whether torchrun started this process. (The variable RANK is no proof: it may be left from
-    before.)"""
+    """Whether torchrun started this process. (RANK alone may be left in the environment.)"""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
