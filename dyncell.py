@@ -328,7 +328,7 @@ def _group(tokens):
     if not all(type(token) is int for token in tokens):               # a bool is no token
         raise ValueError(f"tokens must be whole numbers, got {reprlib.repr(tokens)}")
     if len(tokens) % 5:
-        raise ValueError(f"a genotype has five tokens a layer, got {len(tokens)} tokens")
+        raise ValueError(f"a genotype has five tokens per layer, got {len(tokens)} tokens")
     return [tokens[k:k + 5] for k in range(0, len(tokens), 5)]
 
 

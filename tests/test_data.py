@@ -582,7 +582,7 @@ def test_a_bad_file_is_named(camvid, tmp_path_factory, capsys, fault):
 @pytest.mark.parametrize("fault, said", [
     (lambda d: break_file(d / "test/0001TP_000000.png"), f"test/0001TP_000000.png: {NO_IMAGE}"),
     (FAULTS["sizes differ"]), (FAULTS["missing label"]),
-    (no_windows, "--sequence-length 3: no camvid clip")],
+    (no_windows, "--sequence-length 3: no clip of camvid")],
     ids=["an image of the last split", "sizes differ", "missing label", "no windows"])
 def test_a_bad_file_is_named_before_the_training(camvid, tmp_path, capsys, fault, said):
     fault(camvid)

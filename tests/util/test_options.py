@@ -86,7 +86,7 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--static-batch 1", "--static-batch 1: must be 2 or more"),
     ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): the first number must not be"),
     ("--sequence-length 1", "--sequence-length 1: must be 2 or more, as a cell"),
-    ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
+    ("--sequence-length 9", "--sequence-length 9: no clip of synthetic has so many"),
     ("--cells 0 --cell", "--cells 0: there is no cell to train"),
     ("--key-frames", "--key-frames: must have one value or more"),
     ("--dataset camvid", "put the file at data/camvid.zip, or pass --data DIR"),
@@ -108,7 +108,7 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--cell nowhere.json", "'nowhere.json' (No such file or directory)"),
     ("--cell nowhere.pt", "--cell"), ("--cell {}", "--cell"),
     ("--cell sum(skip(dec),skip(dec))", "--cell"),
-    ("--cell [1,2]", "a genotype has five tokens a layer, got 2 tokens"),
+    ("--cell [1,2]", "a genotype has five tokens per layer, got 2 tokens"),
     ("--encoder-weights nowhere.pth", "nowhere.pth: no such file"),
     ("--device warp9", "--device warp9"),
 ])
