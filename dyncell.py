@@ -212,7 +212,7 @@ class Arch2(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sect. 3.2: the genotype, a string of five tokens a layer
+# Sect. 3.2: the genotype, a string of five tokens per layer
 
 INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool a cell starts with
 INPUT_CHANNELS = 320, WIDTH, 32, 96, 320

@@ -611,7 +611,7 @@ def test_step_and_forward_refuse(segmenter):
     training.static.eval()
     training.step(image, state)                           # the attention cell has no gap
     training.cell = DynamicCell([("layer2", "layer4", "gap", "skip", "sum")], 11).double()
-    with pytest.raises(ValueError, match="batch of one"):
+    with pytest.raises(ValueError, match="a single image"):
         training.step(image, state)
     training.eval().step(image, state)
 
