@@ -218,23 +218,38 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-class Deformable(nn.Module):
-    """deform3x3: modulated deformable 3x3 convolution (v2), BN, ReLU.
+class DeformConv2d(nn.Module):
+    """Modulated deformable convolution (v2) that predicts its own offsets and mask: a layer for any network.
 
-    Offsets (pixels) and mask come from a 3x3 convolution whose weight and bias start at zero. So training
-    starts from a plain 3x3 convolution times sigmoid(0) = 1/2, a factor that the batch norm cancels."""
+    x (B, cin, H, W) -> (B, cout, H / stride, W / stride), rounded up. kernel: an odd number.
+    Offsets (pixels) and mask come from a convolution whose weight and bias start at zero. So training starts
+    from a plain convolution times sigmoid(0) = 1/2."""
 
-    def __init__(self, channels):
+    def __init__(self, cin, cout, kernel=3, stride=1, dilation=1, bias=True):
         super().__init__()
-        self.offset_mask = nn.Conv2d(channels, 3 * 9, 3, padding=1)
+        self.stride, self.padding, self.dilation = stride, dilation * (kernel // 2), dilation
+        self.taps = kernel ** 2
+        self.offset_mask = nn.Conv2d(cin, 3 * self.taps, kernel, stride, self.padding, dilation)
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
-        self.weight = nn.Parameter(nn.Conv2d(channels, channels, 3).weight.detach().clone())
+        self.weight = nn.Parameter(nn.Conv2d(cin, cout, kernel).weight.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(cout)) if bias else None
+
+    def forward(self, x):
+        offset, mask = self.offset_mask(x).split((2 * self.taps, self.taps), dim=1)   # (B, *, h, w)
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation,
+                             mask.sigmoid())
+
+
+class Deformable(DeformConv2d):
+    """deform3x3: modulated deformable 3x3 convolution, BN (which cancels the factor 1/2), ReLU."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, bias=False)
         self.bn_relu = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
     def forward(self, x):
-        offset, mask = self.offset_mask(x).split((18, 9), dim=1)      # (B, 18, H, W), (B, 9, H, W)
-        return self.bn_relu(deform_conv2d(x, offset, self.weight, padding=1, mask=mask.sigmoid()))
+        return self.bn_relu(super().forward(x))
 
 
 # --------------------------------------------------------------------------------------------------

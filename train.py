@@ -6,9 +6,9 @@
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
     python train.py --help                                           every hyper-parameter and its section
 
-Read it from top to bottom beside the paper: the recipe; what every training does; Sect. 6; the stored outputs
-of Sect. 4.1; a candidate and the search, Sect. 3.3 and 4.1; Sect. 4.2; the evaluation. The same command again
-continues where it stopped, to the same result. util/runs.py does that; a reader needs only these words of it:
+Read it from top to bottom beside the paper: the recipe, what every training does, Sect. 6, 4.1, 3.3, 4.2, and
+the evaluation. The same command again continues where it stopped, to the same result. util/runs.py does that;
+a reader needs only these words of it:
 
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
     epoch.batches(n, size)             shuffled batches of 0..n-1, and the share of the training behind us
@@ -165,7 +165,7 @@ SCHEDULES = {
         static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
         static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
         input_pad=0, cell_layers=3,
-        search_strategy="both", search_candidates=56, search_epochs=1, search_batch=8,
+        search_strategy="both", search_candidates=48, search_epochs=1, search_batch=8,
         early_stop_rule="average", controller_lr=5e-3, controller_rollout=2, controller_replay=0,
         controller_epochs=2, controller_entropy=1e-3,
         cells=1, median_cell=True, cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128),
@@ -497,16 +497,15 @@ def segment_clips(run, video, split, key_frame_every=0):
 def evaluate_video(run, video, split, key_frame_every=0, answers=None):
     """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class.
     answers: where the label maps go, too, by frame number."""
-    confusion, steady, recent = Confusion(run.num_classes), Consistency(3), {}
-    windows = {window[-1]: window for window in run.frames(split).windows(3).tolist()}    # by last frame
+    confusion, steady, recent = Confusion(run.num_classes), Consistency(3), []
+    windows = run.frames(split).windows(3).tolist()
     for k, pred, label in segment_clips(run, video, split, key_frame_every):
         confusion.update(pred, label)
         if answers is not None:
             answers[k] = pred
-        recent[k] = pred, label
-        recent.pop(k - 3, None)
-        if k in windows and all(number in recent for number in windows[k]):
-            preds, labels = zip(*(recent[number] for number in windows[k]))
+        recent = [*recent, (k, pred, label)][-3:]
+        numbers, preds, labels = zip(*recent)
+        if list(numbers) in windows:
             steady.update(preds, labels)
     iou, miou, fwiou, macc, _ = confusion.scores()
     iou = dict(zip(run.frames(split).dataset.classes, iou))

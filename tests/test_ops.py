@@ -386,6 +386,23 @@ def test_aggregation(name, sizes):
     close(module(x, y), AGGREGATIONS[name](module, *large), 1e-6)
 
 
+@pytest.mark.parametrize("cin, cout, kernel, stride, dilation, bias", [
+    (3, 5, 3, 1, 1, True), (4, 2, 5, 2, 1, False), (2, 3, 3, 2, 3, True), (1, 1, 1, 3, 1, True)])
+def test_the_deformable_layer_takes_any_channels_kernel_and_stride(cin, cout, kernel, stride, dilation, bias):
+    """Starts as half of a plain convolution; with other offsets and mask it is the definition."""
+    layer = ops.DeformConv2d(cin, cout, kernel, stride, dilation, bias).double()
+    x, padding = torch.randn(2, cin, 7, 8, dtype=torch.double), dilation * (kernel // 2)
+    plain = F.conv2d(x, layer.weight / 2, layer.bias, stride, padding, dilation)
+    assert torch.allclose(layer(x), plain) and plain.shape[1:] == (cout, -(-7 // stride), -(-8 // stride))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    maps = F.conv2d(x, layer.offset_mask.weight, layer.offset_mask.bias, stride, padding, dilation)
+    offset, mask = maps.detach().split((2 * kernel ** 2, kernel ** 2), dim=1)
+    pairs = [(value, value) for value in (stride, padding, dilation)]
+    expected = naive_deform(x, offset, layer.weight, layer.bias, *pairs, mask.sigmoid())
+    close(layer(x), expected)
+
+
 def test_deformable_starts_as_a_convolution_and_learns_its_offsets():
     """Zero offsets, masks sigmoid(0) = 1/2; and the offsets' gradient is not zero there."""
     module, x = ops.OPERATIONS["deform3x3"](4).eval().double(), torch.randn(2, 4, 6, 5, **DOUBLE)

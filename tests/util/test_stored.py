@@ -96,3 +96,24 @@ def test_dropout_zeroes_whole_channels_of_features_and_never_labels():
     gone = (x == 0).all((2, 3))
     assert ((x == 1 / 0.75).all((2, 3)) | gone).all() and 0.15 < gone.float().mean() < 0.35
     assert (stored.pick(WINDOWS, dropout=0.25)("labels", 1) == 1).all()
+
+
+class Transfers(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what goes from the CPU to another device."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function) and args[0].device.type == "cpu" and result.device.type != "cpu":
+            self.count += 1
+        return result
+
+
+def test_the_frame_numbers_of_a_batch_move_to_the_device_once():
+    """A transfer waits for the device. Here it is "meta", which has shapes but no content."""
+    stored = stored_of(WINDOWS, 40, 48, 60)
+    stored.maps = {name: x.to("meta") for name, x in stored.maps.items()}
+    with Transfers() as transfers:
+        sequences = stored.pick(WINDOWS[[3, 0]])
+        shapes = {sequences(name, t).shape for name in (*CHANNELS, "labels") for t in range(2)}
+    assert transfers.count == 1 and (2, 4, 5, 6) in shapes
