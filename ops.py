@@ -219,10 +219,10 @@ class Zero(nn.Module):
 
 
 class DeformConv2d(nn.Module):
-    """Modulated deformable convolution (v2) that predicts its own offsets and mask: a layer for any network.
+    """Modulated deformable convolution (v2) that predicts its own offsets and mask, for any network.
 
     x (B, cin, H, W) -> (B, cout, H / stride, W / stride), rounded up. kernel: an odd number.
-    Offsets (pixels) and mask come from a convolution whose weight and bias start at zero. So training starts
+    Offsets (pixels) and mask come from a convolution whose weight and bias start at zero: training starts
     from a plain convolution times sigmoid(0) = 1/2."""
 
     def __init__(self, cin, cout, kernel=3, stride=1, dilation=1, bias=True):
