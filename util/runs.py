@@ -302,7 +302,8 @@ class Log:
                 raise InputError(f"{self.path}: candidate {k} has {len(logged)} tokens, not {len(row)}, so "
                                  "it was made with another recipe; use another --run")
             if logged != row.tolist():
-                print(f"{self.path}: this machine samples a different candidate {k}; the logged is used")
+                print(f"{self.path}: this machine samples a different candidate {k}; the logged one is "
+                      "used")
             row.copy_(torch.tensor(logged))
         return tokens
 

@@ -176,9 +176,9 @@ def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(r
     tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
     assert tokens.tolist() == [TOKENS, TOKENS, TOKENS] and sampled[1].tolist() != TOKENS
     said = capsys.readouterr().out
-    assert "log.jsonl: " in said and "candidate 1" in said and "the logged is used" in said
+    assert "log.jsonl: " in said and "candidate 1" in said and "the logged one is used" in said
     run.path("log.jsonl").write_text(lines(0, tokens=TOKENS[:5]))
-    with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10: .*use another --run"):
+    with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10, .*use another --run"):
         run.log("log.jsonl").tokens([0], torch.tensor([TOKENS]))
 
 
