@@ -1,17 +1,19 @@
-"""Videos with labelled frames, what is done to them before the network sees them, and the scores (Sect. 4).
+"""Videos with labelled frames, their transforms, and the scores (Sect. 4).
 
     python data.py                                 the synthetic videos: splits, class shares, a contact sheet
-    python data.py --dataset camvid --data DIR     the same of CamVid
+    python data.py --dataset camvid --data DIR     the same for CamVid
 
-In the order of the file: sequences (Sect. 4.1), transforms (Sect. 4.1, 6), scores (Sect. 3.3), the datasets,
-and reading their files.
+In the order of the file: sequences (Sect. 4.1), transforms (Sect. 4.1, 6), scores (Sect. 3.3), the
+datasets, and reading their files.
 
-Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory, and (3, H, W) float in the
-network, normalised with ImageNet's mean and deviation. Labels are (H, W) uint8; 255 = ignore.
+Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory. In the network they are
+(3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 means
+that the pixel is ignored.
 
-A dataset is a class `Name(root, split)` with `.clips`, a list of clips, each a list of Frame(image, label)
-in time order; `.read(frame)` gives the pixels; `.classes` and `.palette` name and colour the classes. To use
-your own videos, write such a class (20 lines on top of `Files`, as `CamVid` is) and add it to DATASETS.
+A dataset is a class `Name(root, split)`. Its `.clips` is a list of clips, each a list of Frame(image,
+label) in time order. `.read(frame)` returns the pixels; `.classes` and `.palette` are the classes' names
+and colours. To use your own videos, write such a class (20 lines on top of `Files`, like `CamVid`) and add
+it to DATASETS.
 """
 import collections
 import contextlib
@@ -31,7 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 IGNORE = 255
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # ImageNet, RGB in 0..1
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in 0..1
 
 Frame = collections.namedtuple("Frame", "image label")    # two paths; label is None where there is none
 
@@ -40,11 +42,12 @@ Frame = collections.namedtuple("Frame", "image label")    # two paths; label is 
 # Sequences (Sect. 4.1)
 
 def sequences(clips, length):
-    """Every window of `length` consecutive frames that ends with a labelled one, as lists of Frame
-    (Sect. 4.1: three on CamVid, where all are labelled).
+    """Every window of `length` consecutive frames whose last one is labelled, as lists of Frame. Raises
+    ValueError when length is below 1.
 
-    No window crosses a clip or a long gap. The frames before the last need no label: on CityScapes it is the
-    annotated frame and the one before. They have no loss then."""
+    Sect. 4.1: CamVid's windows are three labelled frames, CityScapes' an annotated frame and the one before
+    it. The frames before the last need no label; without one they have no loss. No window crosses the end
+    of a clip or a long gap."""
     if length < 1:
         raise ValueError(f"length must be 1 or more, got {length}")
     windows = []
@@ -58,9 +61,9 @@ def sequences(clips, length):
 
 
 def long_gaps(clip):
-    """Whether a long gap follows each frame but the last: over 1.5 times the usual (median) step. [ours]"""
+    """For each frame but the last, whether a long gap follows: a step over 1.5 times the median. [ours]"""
     numbers = [number(frame) for frame in clip]
-    if None in numbers:                      # one's own names may have no numbers: then no gap can be seen
+    if None in numbers:                      # names of your own without numbers show no gaps
         return [False] * (len(clip) - 1)
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
     usual = statistics.median(steps) if steps else 0
@@ -68,26 +71,27 @@ def long_gaps(clip):
 
 
 def number(frame):
-    """The frame's number in its video: the last digits in the image's name (CLIP_FRAME, CITY_SEQ_FRAME_...).
-    None where it has none."""
+    """The frame's number in its video: the last digits in the image's name (CLIP_FRAME,
+    CITY_SEQ_FRAME_...), or None if there are no digits."""
     digits = re.findall(r"\d+", pathlib.Path(frame.image).stem)
     return int(digits[-1]) if digits else None
 
 
 def meta_split(windows, share, rng):
-    """Sect. 4.1: meta-train and meta-val, at random, disjoint: (N, T) sequences of frame numbers each.
+    """Sect. 4.1: a random, disjoint split -> meta-train, meta-val: (N, T) sequences of frame numbers each.
 
-    [ours] Neighbouring sequences share frames. So runs of about 12 neighbours are drawn into meta-val, and a
-    sequence that shares a frame with one of those is in neither."""
+    [ours] Neighbouring sequences share frames. So meta-val consists of runs of about 12 neighbours, drawn
+    at random. Other sequences that share a frame with them are left out. Raises InputError when less than
+    two sequences are left for meta-train."""
     runs = windows.split(max(1, min(12, round(share * len(windows)))))
     order, val = torch.randperm(len(runs), generator=rng).tolist(), []
     while order and sum(map(len, val)) < share * len(windows):
         val.append(runs[order.pop()])
     train, val = torch.cat([windows[:0], *(runs[k] for k in sorted(order))]), torch.cat(val)
     train = train[~torch.isin(train, val).any(dim=1)]
-    if len(train) < 2:                                            # gap's batch norm has one value a sequence
+    if len(train) < 2:                       # the batch norm of gap needs two
         raise InputError(f"{len(windows)} sequences are too few for a search; "
-                              f"--meta-val-share {share} leaves {len(train)} to train on")
+                         f"--meta-val-share {share} leaves {len(train)} to train on")
     return train, val
 
 
@@ -95,22 +99,22 @@ def meta_split(windows, share, rng):
 # Transforms: on the device, a whole batch at once
 
 def normalise(images):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 by ImageNet's mean (which becomes 0) and deviation."""
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 with ImageNet's mean at 0 and its deviation at 1."""
     mean = torch.tensor(MEAN, device=images.device)
     deviation = torch.tensor(DEVIATION, device=images.device)
     return ((images.float() / 255 - mean) / deviation).movedim(-1, -3)
 
 
 def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
-    """Random scale, a random crop, zero-padding (Sect. 6), and a random mirror image ([18]'s code).
+    """Random scale, random crop and zero-padding (Sect. 6), and a random horizontal flip ([18]'s code).
 
     images (B, T, H, W, 3) and labels (B, T, H, W), uint8; crop (h, w); scale (from, to), uniform [ours].
-    All T frames of a sequence get the same transform. Outside the image: ImageNet's mean, label 255.
-    Returns (B, T, 3, h, w) float32 and (B, T, h, w) uint8. The generator lives on the CPU.
+    All T frames of a sequence get the same transform. The padding is ImageNet's mean and label 255.
+    Returns (B, T, 3, h, w) float32 and (B, T, h, w) uint8. The generator must be on the CPU.
 
-    [ours] The three are one affine map of each sequence, so that every pixel is sampled once."""
+    [ours] All three are combined into one affine map per sequence, so each pixel is sampled only once."""
     B, T, H, W = labels.shape
-    draw = torch.rand(4, B, generator=generator)                          # scale, column, row, mirror
+    draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
     s = scale[0] + (scale[1] - scale[0]) * draw[0]                        # (B,)
     slope_x, shift_x = crop_map(s * W, crop[1], draw[1])
     slope_y, shift_y = crop_map(s * H, crop[0], draw[2])
@@ -125,7 +129,8 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
 
     image = normalise(images.flatten(0, 1))                               # (B*T, 3, H, W)
     image = F.grid_sample(image, grid, align_corners=False)               # (B*T, 3, h, w)
-    # Labels are sampled as label + 1. The zeros outside come back as -1, which is 255 in eight bits.
+    # grid_sample gives 0 outside the image. So labels are sampled as label + 1: outside, 0 - 1 is 255 in
+    # eight bits.
     label = labels.flatten(0, 1)[:, None].float() + 1                     # (B*T, 1, H, W)
     label = F.grid_sample(label, grid, mode="nearest", align_corners=False)[:, 0]         # (B*T, h, w)
     label = (label.long() - 1).bitwise_and(255).to(torch.uint8)
@@ -133,24 +138,25 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
 
 
 def crop_map(scaled, out, where):
-    """Slope and shift (B,) from a crop's coordinate to the image's, along one axis; both run from -1 to 1.
+    """The map from a crop's coordinate to the image's along one axis -> its slope and shift, (B,) each.
+    Coordinates run from -1 to 1 over crop and image.
 
-    scaled (B,): the scaled image's size in pixels; out: the crop's; where (B,) in 0..1: the crop's place.
-    The crop lies anywhere in the scaled image or, where the image is smaller, the image anywhere in the
-    crop. The centre j + 1/2 of the crop's pixel j shows the scaled image at j + 1/2 + start. start is
-    whole: at scale 1 every pixel is one of the image, not a mean of two."""
+    scaled (B,): size of the scaled image in pixels; out: size of the crop; where (B,), 0..1: where the crop
+    lies in the scaled image or, if the image is smaller, the image in the crop. Pixel j of the crop, with
+    its centre at j + 1/2, shows the scaled image at j + 1/2 + start. start is a whole number, so that at
+    scale 1 pixels are copied, not interpolated."""
     start = (where * (scaled - out)).round()
     return out / scaled, (out + 2 * start) / scaled - 1
 
 
 def shrink(labels, size):
-    """(N, H, W) -> (N, *size): the label of the pixel nearest to each centre."""
+    """Labels (N, H, W) -> (N, *size), by nearest neighbour."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(torch.uint8)
 
 
 def resize_longer_side(images, labels, longer):
-    """Images (N, 3, H, W), labels (N, H, W), resized so that the longer side has `longer` pixels; 0: as
-    they are."""
+    """Resizes images (N, 3, H, W) and labels (N, H, W) so that the longer side has `longer` pixels; 0:
+    returns them as they are."""
     if not longer:
         return images, labels
     scale = longer / max(labels.shape[-2:])
@@ -160,7 +166,8 @@ def resize_longer_side(images, labels, longer):
 
 
 def pad(images, labels, shorter):
-    """Pads the shorter side to `shorter`, evenly, by the mean and label 255 (Sect. 4.1: 480x360 -> 480x400).
+    """Pads the shorter side to `shorter` pixels, half on each side, with the mean and with label 255
+    (Sect. 4.1: 480x360 -> 480x400).
 
     images (..., 3, H, W) normalised, labels (..., H, W). Larger images stay as they are."""
     H, W = labels.shape[-2:]
@@ -175,7 +182,8 @@ def pad(images, labels, shorter):
 # Scores
 
 class Scores(collections.namedtuple("Scores", "iou miou fwiou macc reward")):
-    """iou: one a class, NaN where it does not count. All are shares, 0..1. Read by name or position."""
+    """iou: one value per class, NaN for a class that does not count. All values are in 0..1. An item is
+    read by its name or its position."""
 
     def __getitem__(self, key):
         return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
@@ -188,10 +196,12 @@ class Confusion:
         self.num_classes, self.matrix = num_classes, None
 
     def update(self, pred, label):
-        """pred and label: integer tensors of one shape; label 255 is left out. ValueError on other values."""
+        """pred and label: integer tensors of the same shape. Pixels with label 255 are left out. Raises
+        ValueError when the shapes differ, or a value is not one of the classes."""
         pred, label = torch.as_tensor(pred), torch.as_tensor(label)
         if pred.shape != label.shape:
-            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have one shape")
+            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have the same "
+                             "shape")
         C, counted = self.num_classes, label != IGNORE
         label, pred = label[counted].long(), pred[counted].long()         # (N,)
         for values in (label, pred):
@@ -201,9 +211,11 @@ class Confusion:
         self.matrix = counts if self.matrix is None else self.matrix + counts
 
     def scores(self):
-        """IoU of each class, their mean, frequency-weighted IoU, mean class accuracy, and the reward: the
-        geometric mean of the last three (Sect. 3.3). A class that occurs neither in labels nor in predictions
-        does not count. One that occurs in predictions only counts as IoU 0 and has no accuracy."""
+        """-> Scores: IoU of each class, mean IoU, frequency-weighted IoU, mean class accuracy, and the
+        reward, the geometric mean of those three (Sect. 3.3).
+
+        A class that occurs neither in labels nor in predictions does not count. A class that occurs only in
+        predictions counts as IoU 0 and has no accuracy."""
         C = self.num_classes
         m = torch.zeros(C, C).double() if self.matrix is None else self.matrix.cpu().double()
         right, label, pred = m.diagonal(), m.sum(1), m.sum(0)             # (C,) pixels
@@ -215,21 +227,21 @@ class Confusion:
 
 
 class Consistency:
-    """Video consistency (VSPW, Miao et al. 2021; not in the paper [ours]): over `length` consecutive labelled
-    frames, among pixels whose label does not change, the share predicted right in all of them."""
+    """Video consistency (VSPW, Miao et al. 2021), which is not in the paper [ours]. Of the pixels whose
+    label is the same in `length` consecutive labelled frames: the share that is right in all of them."""
 
     def __init__(self, length):
         self.length, self.right, self.all = length, 0, 0
 
     def update(self, preds, labels):
-        """Sequences of `length` maps (H, W)."""
+        """preds and labels: `length` maps (H, W) each."""
         preds, labels = torch.stack(list(preds)), torch.stack(list(labels))           # (length, H, W)
         still = (labels == labels[0]).all(0) & (labels[0] != IGNORE)      # (H, W)
         self.all += still.sum().item()
         self.right += (still & (preds == labels).all(0)).sum().item()
 
     def score(self):
-        """A share, 0..1; NaN before any pixel was counted."""
+        """A share in 0..1; NaN if no pixel was counted."""
         return self.right / self.all if self.all else float("nan")
 
 
@@ -237,7 +249,7 @@ class Consistency:
 # Datasets
 
 def ids(pairs):
-    """Table of 256: file's value -> class, -1 for values that are not in it."""
+    """(256,) table from a label file's values to classes; -1 for a value that `pairs` does not have."""
     table = np.full(256, -1)
     for value, label in pairs:
         table[value] = label
@@ -245,13 +257,16 @@ def ids(pairs):
 
 
 class Files:
-    """What CamVid and CityScapes share: frames are files. Subclasses set IDS, classes, palette and _clips,
-    which appends what it finds wrong to `problems`. LAYOUT and SOURCE (where to get it) are for messages.
+    """A dataset whose frames are files: the common part of CamVid and CityScapes.
 
-    Raises InputError when a folder or a file is missing or has a wrong name. Then the content of all files is
-    looked at, too, so that all is said at once. Hidden files are passed over; others are taken for frames."""
+    A subclass defines IDS, classes, palette, and _clips, which appends every problem it finds to
+    `problems`. LAYOUT (its folders) and SOURCE (where to get it) appear in messages.
 
-    LAYOUT, SOURCE = "one's own frames", "one's own dataset"
+    Raises InputError when a folder or a file is missing or has a wrong name. In that case all files are
+    read first, so that one message names every problem. Hidden files are ignored; all others count as
+    frames."""
+
+    LAYOUT, SOURCE = "your frames", "your own dataset"
 
     def __init__(self, root, split):
         self.root, self.split, self.problems = pathlib.Path(root), split, []
@@ -267,9 +282,9 @@ class Files:
             read_all(self, sum(self.clips, []), keep=False, problems=self.problems)
 
     def read(self, frame):
-        """(H, W, 3) uint8 image and (H, W) uint8 label (all 255 where the frame has none).
+        """-> (H, W, 3) uint8 image and (H, W) uint8 label (all 255 if the frame has no label).
 
-        Raises InputError naming the file that won't decode, or the label of another size or out of range."""
+        Raises InputError naming the file that can't be decoded, or a label of wrong size or value."""
         image = read_image(frame.image)
         if frame.label is None:
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
@@ -281,7 +296,7 @@ class Files:
         return image, label
 
     def _list(self, folder):
-        """What is in a folder, in name order. Raises InputError when it can't be listed."""
+        """The files and folders in a folder, by name. Raises InputError when it can't be listed."""
         try:
             paths = sorted(folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -293,10 +308,10 @@ class Files:
 
 
 class CamVid(Files):
-    """CamVid (Brostow et al. 2009), the SegNet tutorial's: 480x360, 11 classes, 367 / 101 / 233 frames.
+    """CamVid (Brostow et al. 2009) as in the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames.
 
-    root/SPLIT/CLIP_FRAME.png and root/SPLITannot/CLIP_FRAME.png; .jpg images are taken too. A clip is what
-    shares the part of the name before the last underscore."""
+    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png. Frames belong to one
+    clip if their names agree up to the last underscore."""
 
     SIZE = 360, 480
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
@@ -327,7 +342,7 @@ class CamVid(Files):
         return [sorted(clip, key=number) for clip in clips.values()]
 
     def _pictures(self, folder):
-        """Name without extension -> path."""
+        """{name without extension: path} of a folder."""
         pictures = {}
         for path in self._list(self.root / folder):
             other = pictures.setdefault(path.stem, path)
@@ -337,7 +352,8 @@ class CamVid(Files):
 
 
 class CityScapes(Files):
-    """CityScapes (Cordts et al. 2016): 2048x1024, 19 classes. A clip: a frame, and the annotated next."""
+    """CityScapes (Cordts et al. 2016): 2048x1024, 19 classes. A clip is an annotated frame and the one
+    before it."""
 
     SIZE = 1024, 2048
     LAYOUT = ("leftImg8bit_sequence/{split}/CITY/CITY_SEQ_FRAME_leftImg8bit.png and "
@@ -357,7 +373,7 @@ class CityScapes(Files):
         cities = [path for path in self._list(self.root / "gtFine" / self.split) if path.is_dir()]
         clips = []
         for label in sum(map(self._list, cities), []):
-            if not label.name.endswith("_labelIds.png"):                  # polygons, instances
+            if not label.name.endswith("_labelIds.png"):                  # skip polygons, instances
                 continue
             match = re.fullmatch(r"(.+_\d+)_(\d+)_gtFine_labelIds", label.stem)
             if not match:
@@ -377,21 +393,23 @@ class CityScapes(Files):
 
 
 class Synthetic:
-    """Short videos drawn by code, in which one frame is ambiguous and the one before it helps. [ours]
+    """Short videos drawn by code, in which one frame is ambiguous and the frames before it help. [ours]
 
-    On a noisy ground, textured shapes drift slowly and hide each other. A shape's class is its texture:
-    colour and pattern. But shapes *blink*: on half of the frames, at random, a shape is plain grey. Its
-    outline is still seen, its class is not: a network that looks at this frame only has to guess one in
-    five. One that remembers the shape's last texture knows. And the camera *turns*: all moves by 24 pixels
-    a frame, three of the cells of 1/8 at which a network remembers, so that it must look for it there.
+    Textured shapes drift slowly over a noisy ground and hide each other. The class of a shape is its
+    texture, that is colour and pattern. Shapes *blink*: on half of the frames, chosen at random, a shape is
+    plain grey. Its outline is then visible, but its class is not. A network that sees only this frame must
+    guess among five classes; one that remembers the shape's texture knows. The camera also *turns*:
+    everything moves by 24 pixels per frame. That is three pixels of `dec` (1/8 of the image), so a network
+    must look for what it remembers in another place.
 
-    A function of (split, seed) and of nothing else; root is not used. 96x128 pixels, 6 classes."""
+    The videos depend on split and seed only; root is not used. 96x128 pixels, 6 classes."""
 
-    SIZE, LIT, GREY, TURN, AROUND = (96, 128), 0.5, 150.0, 24, 188        # pixels a frame, and once around
+    # TURN: pixels per frame; AROUND: pixels of one whole turn
+    SIZE, LIT, GREY, TURN, AROUND = (96, 128), 0.5, 150.0, 24, 188
     SPLITS = {"train": (40, 8), "val": (8, 10), "test": (16, 10)}         # clips, frames in each
     classes = "ground stripes checks dots rings bars".split()
     palette = np.array([(96, 96, 96), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
-                        (204, 121, 167)], np.uint8)       # Okabe and Ito's, told apart by the colour-blind
+                        (204, 121, 167)], np.uint8)       # Okabe and Ito's, for the colour-blind, too
 
     def __init__(self, root=None, split="train", seed=0):
         if split not in self.SPLITS:
@@ -404,14 +422,14 @@ class Synthetic:
             self.clips.append(clip)
 
     def read(self, frame):
-        """(96, 128, 3) uint8 image and (96, 128) uint8 label, drawn on the spot."""
+        """-> (96, 128, 3) uint8 image and (96, 128) uint8 label, drawn anew at each call."""
         clip, time = map(int, pathlib.Path(frame.image).name.split("_"))
         video = [self.seed, list(self.SPLITS).index(self.split), clip]
         rng = np.random.default_rng(video)                                # the same for all frames of a clip
         height, width = self.SIZE
         y, x = np.mgrid[:height, :width].astype(np.float64)               # (H, W)
         x -= self.TURN * time
-        waves = np.zeros(self.SIZE)                                       # of the ground, brown-grey and soft
+        waves = np.zeros(self.SIZE)                                       # the brown-grey ground
         for _ in range(2):
             waves += np.sin(rng.uniform(-.15, .15) * x + rng.uniform(-.15, .15) * y + rng.uniform(0, 6))
         image = (90 + 15 * waves)[..., None] * np.array([1.0, 0.92, 0.8])         # (H, W, 3)
@@ -420,8 +438,8 @@ class Synthetic:
             kind = rng.integers(1, len(self.classes))
             form, radius, angle = rng.integers(3), rng.uniform(13, 24), rng.uniform(0, np.pi)
             cy, cx = rng.uniform(0, height), rng.uniform(0, self.AROUND)
-            vy, vx = rng.uniform(-1.5, 1.5, 2)                            # pixels a frame
-            lit = rng.random(1000) < self.LIT                             # one draw a frame
+            vy, vx = rng.uniform(-1.5, 1.5, 2)                            # pixels per frame
+            lit = rng.random(1000) < self.LIT                             # one draw per frame
             dy, dx = y - cy - vy * time, x - cx - vx * time
             dx = (dx + self.AROUND / 2) % self.AROUND - self.AROUND / 2
             u = dx * np.cos(angle) + dy * np.sin(angle)                   # along the shape's own axes
@@ -455,12 +473,12 @@ DATASETS = {"camvid": CamVid, "cityscapes": CityScapes, "synthetic": Synthetic}
 
 
 class Frames:
-    """The pixels of a dataset, by frame number (clips in order, one after the other).
+    """The pixels of a dataset, indexed by frame number. Numbers run through the clips in order.
 
-    in_memory=True reads all at once as uint8 (CamVid: 0.25 GB) and there is no data loader: a batch is an
-    indexing, on the device. Otherwise (CityScapes: 37 GB) every frame is looked at once, and a batch is read
-    by threads when it is asked for. None: in memory up to IN_MEMORY bytes. Either way InputError names every
-    problem before the training starts. show(done, total) is called as frames are read."""
+    in_memory=True reads all frames now, as uint8 (CamVid: 0.25 GB). A batch is then an index operation on
+    the device, so there is no data loader. in_memory=False (CityScapes: 37 GB) checks every frame now, and
+    reads a batch with threads when it is needed. None keeps up to IN_MEMORY bytes in memory. In all
+    cases InputError names every problem before training starts. show(done, total) is called on the way."""
 
     IN_MEMORY = 4e9
 
@@ -478,7 +496,7 @@ class Frames:
     def bytes_of_first(self):
         try:
             image, label = self.dataset.read(self.list[0])
-        except InputError:                   # read_all names it, with the others
+        except InputError:                   # read_all will report it together with all others
             return math.inf
         return image.nbytes + label.nbytes
 
@@ -494,31 +512,31 @@ class Frames:
         return tuple(x.reshape(*index.shape, *x.shape[1:]) for x in (images, labels))
 
     def windows(self, length):
-        """(N, length) frame numbers: `sequences` as indices."""
+        """The windows of `sequences` as frame numbers, (N, length)."""
         numbers = []
         for window in sequences(self.dataset.clips, length):
             numbers.append([self.number[frame] for frame in window])
         return torch.tensor(numbers, dtype=torch.long).reshape(-1, length)
 
     def clips(self):
-        """One list of frame numbers a clip."""
+        """A list of frame numbers for each clip."""
         return [[self.number[frame] for frame in clip] for clip in self.dataset.clips]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Reading files, and what is said when one is wrong. Nothing of the paper from here on
+# Reading files and reporting what is wrong with them. Nothing from here on is in the paper
 
-MAX_PIXELS = 2 ** 26                         # 67 megapixels; anything larger is refused before it is decoded
-FORMATS = "PNG", "JPEG"                      # no other is tried: an EPS named .png would start ghostscript
-MODES = "RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"         # eight bits a channel
+MAX_PIXELS = 2 ** 26                         # 67 megapixels; a larger image is refused before it is decoded
+FORMATS = "PNG", "JPEG"                      # only these: Pillow starts ghostscript for an EPS named .png
+MODES = "RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"         # eight bits per channel
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # open_image says it in its own words
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # open_image has its own message
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: the file or flag, and the remedy.
+    """A mistake in the user's input. The message is one line that names the file or flag and the remedy.
 
-    A dataset may have many problems: InputError(*lines) says how many and shows the first ten."""
+    A dataset may have many problems: InputError(*lines) gives their number and shows the first ten."""
 
     def __str__(self):
         if len(self.args) == 1:
@@ -536,19 +554,20 @@ def each(function, splits):
         except InputError as error:
             problems += error.args
     if problems:
-        raise InputError(*dict.fromkeys(problems))        # what all splits say is said once
+        raise InputError(*dict.fromkeys(problems))        # a problem of several splits appears once
     return results
 
 
 def run_main(main):
-    """Runs a script. What its user can mend (InputError; a folder that may not be written, a full disk) is
-    one line and exit status 2. Ctrl-C and SIGTERM end it with a word. Then the old handlers are put back."""
+    """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
+    disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end the script with a short
+    message. Afterwards the previous signal handlers are restored."""
     def stop(signum, _):
         print("\nstopped; the same command continues", file=sys.stderr)
         sys.exit(128 + signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(sys.stdout, "reconfigure"):   # a terminal that knows ASCII only gets ? for ±
+    if hasattr(sys.stdout, "reconfigure"):   # an ASCII-only terminal shows ? in place of ±
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
@@ -562,19 +581,19 @@ def run_main(main):
 
 
 def in_words(error):
-    """An InputError, or what the system says of a file: full disk, read-only folder."""
+    """The message of an InputError, or of an OSError (full disk, read-only folder) with its remedy."""
     if isinstance(error, (InputError, BrokenPipeError)):
         return error
     return f"{error}; choose another folder (--run, --output), or make room in this one"
 
 
 def open_image(path, formats=FORMATS, small=False):
-    """A decoded Pillow image; small: a JPEG at 1/8 of its size, to see whether it decodes. Raises InputError
-    naming a file that is missing, too large or broken."""
+    """-> a decoded Pillow image. small=True decodes a JPEG at 1/8 of its size, as a quick check. Raises
+    InputError naming a file that is missing, too large or broken."""
     try:
         image = Image.open(path, formats=formats)
         if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{path}: {image.width} x {image.height} pixels, over {MAX_PIXELS} are not read")
+            raise InputError(f"{path}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
         if small:
             image.draft(image.mode, (1, 1))
         image.load()
@@ -586,14 +605,14 @@ def open_image(path, formats=FORMATS, small=False):
         raise InputError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"no {' or '.join(formats)}" if unknown else brief(error)
+        reason = f"not {' or '.join(formats)}" if unknown else brief(error)
         raise InputError(f"{path}: is not an image that can be decoded ({reason}); replace or remove "
                          "it") from None
     return image
 
 
 def brief(error):
-    """An exception's text as a part of one line."""
+    """An exception's text, in one line and at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -602,8 +621,8 @@ TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLI
 
 
 def turn(image):
-    """What the metadata says is to be done with an image so that it is upright (a phone's); None: nothing."""
-    with contextlib.suppress(Exception):     # broken metadata is passed over
+    """The transpose that brings a phone's image upright, from its metadata; None if it needs none."""
+    with contextlib.suppress(Exception):     # broken metadata is ignored
         return TURNS.get(image.getexif().get(0x0112))
 
 
@@ -613,8 +632,8 @@ def check_mode(path, image):
 
 
 def read_image(path, formats=FORMATS):
-    """An image file as (H, W, 3) uint8, upright. Grey, palette and RGBA images are converted (alpha dropped).
-    Raises InputError naming the file."""
+    """An image file as (H, W, 3) uint8, upright. Grey, palette and RGBA images are converted to RGB (alpha
+    is dropped). Raises InputError naming the file."""
     image = open_image(path, formats)
     check_mode(path, image)
     if turn(image) is not None:
@@ -623,7 +642,7 @@ def read_image(path, formats=FORMATS):
 
 
 def look_at_image(path):
-    """(width, height) of what read_image gives, or its InputError, sooner."""
+    """(width, height) of the image that read_image would return, or its InputError, in less time."""
     image = open_image(path, small=True)
     check_mode(path, image)
     with Image.open(path, formats=FORMATS) as header:
@@ -633,25 +652,25 @@ def look_at_image(path):
 
 
 def read_label(path, ids):
-    """A label map as (H, W) uint8 class numbers. ids (256,) maps the file's values; -1 marks an error.
-    Raises InputError naming the file."""
+    """A label map as (H, W) uint8 class numbers. ids (256,) maps the file's values to classes; -1 marks a
+    value that must not occur. Raises InputError naming the file."""
     image = open_image(path)
     if image.mode not in ("L", "P"):
         raise InputError(f"{path}: pixels of mode {image.mode}; a label map has 8-bit class numbers")
     raw = np.array(image)
     label = ids[raw]
     if label.min(initial=0) < 0:
-        raise InputError(f"{path}: label value {raw[label < 0][0]} is out of range; is this the map of class "
-                         "numbers, not the coloured one?")
+        raise InputError(f"{path}: label value {raw[label < 0][0]} is no class number; is this the "
+                         "coloured map, not the map of class numbers?")
     return label.astype(np.uint8)
 
 
 def read_all(dataset, frames, keep=True, problems=(), show=None):
-    """Reads frames by threads: (images (N, H, W, 3), labels (N, H, W)), uint8, or None with keep=False, which
-    only looks at each; and their size, (H, W).
+    """Reads frames with threads -> (images (N, H, W, 3), labels (N, H, W)), uint8, and their size (H, W).
+    keep=False only checks the frames and returns None in place of the pixels.
 
-    Raises InputError with the problems known before, the files that can't be read, and those of another size
-    than most. show(done, total) is called after each frame."""
+    Raises InputError with `problems`, the files that can't be read, and those whose size differs from most.
+    show(done, total) is called after each frame."""
     problems, sizes, images, labels = [*problems], {}, [], []
 
     def read(frame):
@@ -664,7 +683,7 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
         sizes[frame] = label.shape
         return (image, label) if keep else None
 
-    with ThreadPoolExecutor(8) as pool:      # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(8) as pool:      # Pillow decodes without holding the GIL
         for done, result in enumerate(pool.map(read, frames), start=1):
             if isinstance(result, InputError):
                 problems += result.args
@@ -678,21 +697,21 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
         size = sizes.get(frame, usual)
         if size != usual:
             problems.append(f"{frame.image}: {size[1]} x {size[0]}, most others {usual[1]} x {usual[0]}; all "
-                            "frames of a split must have one size")
+                            "frames of a split must have the same size")
     if problems:
         raise InputError(*problems)
     return ((np.stack(images), np.stack(labels)) if keep else None), usual
 
 
 def wrong_pixels(image, label, num_classes):
-    """What is wrong with what a dataset's read() gave, or None."""
+    """What is wrong with the arrays that a dataset's read() returned, or None."""
     for pixels, shape in ((image, label.shape + (3,)), (label, image.shape[:2])):
         if pixels.dtype != np.uint8 or pixels.shape != shape:
-            return (f"read() gave an image {image.dtype} {image.shape} and a label {label.dtype} "
+            return (f"read() returned an image {image.dtype} {image.shape} and a label {label.dtype} "
                     f"{label.shape}; they must be (H, W, 3) and (H, W), uint8")
     unknown = label[(label >= num_classes) & (label != IGNORE)]
     if len(unknown):
-        return f"label {unknown[0]} is none of 0 to {num_classes - 1}, the classes, nor {IGNORE}"
+        return f"label {unknown[0]} is neither a class, 0 to {num_classes - 1}, nor {IGNORE}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -704,12 +723,13 @@ def main(arguments=None):
     from util import datasets, download, figures
     from util.progress import Progress
     parser = argparse.ArgumentParser(
-        description="Prints what each split of a dataset holds: clips, windows, share of each class. Draws a "
-                    "contact sheet: frames, labels, colours of the classes. Seconds; on CityScapes minutes.")
+        description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
+                    "contact sheet of frames, labels and class colours. Seconds; on CityScapes minutes.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="default: synthetic")
-    parser.add_argument("--data", help="its folder (default: data/DATASET); CamVid can be downloaded")
+    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET; CamVid: "
+                                       "downloaded if there is none)")
     parser.add_argument("--output", default="contact-sheet.png",
-                        help="the sheet's file (default: %(default)s); replaces a sheet, and no other file")
+                        help="file of the sheet (default: %(default)s); overwrites only an earlier sheet")
     args = parser.parse_args(arguments)
     kind, root = datasets.dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     figures.check_output(args.output)
@@ -728,7 +748,7 @@ def main(arguments=None):
 
 
 def describe(split, dataset):
-    """Prints a split's clips, windows and classes, and how the labels of the frame before would score."""
+    """Prints a split's clips, windows and classes, and the score of copying the previous frame's labels."""
     clips, counts, before = dataset.clips, np.zeros(256, np.int64), Confusion(len(dataset.classes))
     for clip in clips:
         labels = {frame: torch.from_numpy(dataset.read(frame)[1]) for frame in clip}
@@ -744,13 +764,13 @@ def describe(split, dataset):
         first, last = pathlib.Path(clip[0].image).stem, pathlib.Path(clip[-1].image).stem
         print(f"  {first} ... {last}: {len(clip)} frames")
     scores = before.scores()
-    print(f"  the labels of the frame before, as the answer: mIoU {100 * scores.miou:.1f} %")
+    print(f"  the previous frame's labels as the prediction: mIoU {100 * scores.miou:.1f} %")
     for name, count, iou in zip(dataset.classes, counts, scores.iou):
         share = count / counts[:IGNORE].sum()
-        print(f"    {name:15} {100 * share:5.1f} % of the pixels, that IoU {100 * iou:3.0f} %")
+        print(f"    {name:15} {100 * share:5.1f} % of the pixels, IoU {100 * iou:3.0f} %")
 
 
 if __name__ == "__main__":
-    import data              # util knows this module by that name, and there must be one InputError
+    import data              # util imports this module as data: both must use the same InputError
 
     data.run_main(data.main)

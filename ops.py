@@ -1,8 +1,8 @@
 """Tables 1 and 2: every operation and every aggregation of the dynamic cell, in plain torch.
 
-Read beside Sect. 3.2 of the paper. Everything maps (B, C, H, W) to (B, C, H, W) with C = 64 in a cell:
-an *operation* takes one map, an *aggregation* takes two and gives one. Both dictionaries at the end
-of this file are in token order: the controller's token 3 is the fourth entry.
+Read beside Sect. 3.2 of the paper. An *operation* takes one map and returns one; an *aggregation* takes two
+maps and returns one. Maps are (B, C, H, W), with C = 64 in a cell. Both dictionaries at the end of this
+file are in token order: the controller's token 3 is the fourth entry.
 
 What the paper does not fix (its tables are pictures in our source) is marked "[ours]".
 
@@ -23,8 +23,8 @@ def sample_bilinear(x, rows, cols):
     rows, cols  (B, h, w)  pixel coordinates: (0, 0) is the centre of the first pixel, (H-1, W-1) of the last
     returns     (B, C, h, w)
 
-    A corner outside the map counts as zero, so the answer fades over the last pixel's width and is zero
-    beyond: the convention of deformable convolution. Differentiable in all three arguments.
+    A neighbouring pixel outside the map counts as zero. So the result fades to zero within one pixel of the
+    border: the convention of deformable convolution. Differentiable in all three arguments.
     Raises ValueError when the shapes don't fit.
     """
     if x.dim() != 4:
@@ -35,30 +35,31 @@ def sample_bilinear(x, rows, cols):
     if 0 in (x.shape[0], x.shape[1], *rows.shape):        # grid_sample refuses some empty inputs
         return x.new_zeros(x.shape[0], x.shape[1], *rows.shape[1:]) + 0 * x.sum()
     H, W = x.shape[-2:]
-    # Pixel p of n sits at (2p + 1) / n - 1 when align_corners is False. The other convention,
-    # 2p / (n-1) - 1, divides by zero for n = 1. grid_sample takes (x, y), that is (column, row).
+    # With align_corners=False pixel p of n has coordinate (2p + 1) / n - 1. With True it would be
+    # 2p / (n - 1) - 1, a division by zero for n = 1. grid_sample takes (x, y), that is (column, row).
     grid = torch.stack(((2 * cols + 1) / W - 1, (2 * rows + 1) / H - 1), dim=-1)        # (B, h, w, 2)
-    # grid_sample weighs floor(p) and floor(p) + 1, so the gradient at an integer position is not zero
-    # and an offset that was initialised to zero can learn. It wants one dtype: the finer one.
+    # grid_sample interpolates between floor(p) and floor(p) + 1, so the gradient at an integer position is
+    # not zero, and an offset that starts at zero can learn. It needs one dtype for both: the more precise.
     exact = torch.promote_types(x.dtype, grid.dtype)
     return F.grid_sample(x.to(exact), grid.to(exact), align_corners=False).to(x.dtype)
 
 
 def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
-    """Deformable convolution, v1 without and v2 with a mask: a drop-in for torchvision.ops.deform_conv2d.
+    """Deformable convolution: v1 without a mask, v2 with one. Replaces torchvision.ops.deform_conv2d.
 
     input   (B, Cin, H, W)
     offset  (B, 2 * G * kh * kw, Ho, Wo)  in pixels. For each of G offset groups (each owns Cin / G
             neighbouring channels) and each tap i, j: channel 2 * (i * kw + j) is dy, the next one is dx
-    weight  (Cout, Cin / groups, kh, kw)  weight groups as in conv2d, read off this shape
+    weight  (Cout, Cin / groups, kh, kw)  this shape also says how many groups (as in conv2d) there are
     bias    (Cout,)
     mask    (B, G * kh * kw, Ho, Wo)      multiplies each sample (v2)
     stride, padding, dilation             a number or (vertical, horizontal)
     returns (B, Cout, Ho, Wo)
 
-    Output (y, x) is the sum over taps i, j of weight[i, j] times the input, sampled bilinearly with zeros
-    outside, at row y * stride - padding + i * dilation + dy and the like for the column.
-    Dai et al., Deformable Convolutional Networks, 2017; v2: Zhu et al., 2019.
+    Output pixel (y, x) is the sum over taps i, j of weight[i, j] times a sample of the input. The sample is
+    bilinear, with zeros outside the input, at row y * stride - padding + i * dilation + dy; the column is
+    computed likewise from x, j and dx.
+    v1: Dai et al., Deformable Convolutional Networks, 2017; v2: Zhu et al., 2019.
     Raises ValueError naming the argument whose shape is wrong.
     """
     stride, padding = _pair(stride, "stride"), _pair(padding, "padding")
@@ -75,7 +76,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
         return torch.cat([deform_conv2d(x, o, weight, bias, stride, padding, dilation, m)
                           for x, o, m in parts])
 
-    # Positions need float32: bf16 has 8 bits, so it can't tell row 200.5 from row 201.
+    # Positions need float32: with the 8 significant bits of bf16, rows 200.5 and 201 are the same.
     exact = torch.promote_types(torch.promote_types(input.dtype, offset.dtype), torch.float32)
     new = dict(device=input.device, dtype=exact)
     tap_row = torch.arange(kh, **new).repeat_interleave(kw) * dilation[0]     # (taps,): 0 0 0 1 1 1 2 2 2
@@ -85,7 +86,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     offset = offset.to(exact).reshape(B * G, taps, 2, Ho, Wo)
     rows = out_row[:, None] + tap_row[:, None, None] + offset[:, :, 0]        # (B*G, taps, Ho, Wo)
     cols = out_col[None, :] + tap_col[:, None, None] + offset[:, :, 1]
-    # All taps in one sampling, then one matrix product: three times faster than a sampling for each tap.
+    # One sampling for all taps, then one matrix product: three times faster than one sampling per tap.
     x = input.to(exact).reshape(B * G, cin // G, H, W)
     x = sample_bilinear(x, rows.flatten(1, 2), cols.flatten(1, 2))            # (B*G, Cin/G, taps*Ho, Wo)
     if mask is not None:
@@ -97,10 +98,11 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
 
 
 def _images_at_once(images):
-    """How many images deform_conv2d takes at a time: all of them, but on a CPU one a thread.
+    """How many images deform_conv2d processes at a time: on a CPU one per thread, elsewhere all.
 
-    The samples of an image, 7 MB for 64 channels of 50 x 60, are then still in the cache when the mask
-    and the product read them: 0.78 of the time, forward + backward. A compiled graph takes all at once."""
+    On a CPU the samples of an image (7 MB for 64 channels of 50 x 60) are then still in the cache when the
+    mask and the matrix product read them. Forward and backward take 0.78 of the time. A compiled or traced
+    graph processes all images at once."""
     if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return images.shape[0]
     return torch.get_num_threads()
@@ -125,7 +127,7 @@ def _check_deform(input, offset, weight, bias, stride, padding, dilation, mask):
     B, cin, H, W = input.shape
     cout, cin_group, kh, kw = weight.shape
     if 0 in (cin, H, W, *weight.shape):
-        raise ValueError(f"input may have an empty batch, weight nothing empty, got {shapes}")
+        raise ValueError(f"only the batch of input may be empty, and no dimension of weight, got {shapes}")
     if cin % cin_group or cout % (cin // cin_group):
         raise ValueError(f"weight must divide the input's {cin} channels into groups, got {shapes}")
     Ho = (H + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
@@ -147,7 +149,7 @@ def _check_deform(input, offset, weight, bias, stride, padding, dilation, mask):
 # Building blocks
 
 def conv_bn_relu(cin, cout, kernel=1, rate=1):
-    """Convolution of the same size, batch norm, ReLU. `rate` is the dilation. No bias: BN has one."""
+    """Convolution that keeps the resolution, BN, ReLU. `rate` is the dilation. No bias, as BN has one."""
     padding = rate * (kernel // 2)
     return nn.Sequential(nn.Conv2d(cin, cout, kernel, padding=padding, dilation=rate, bias=False),
                          nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
@@ -161,9 +163,9 @@ def resize(x, size):
 
 
 def to_larger(x, y):
-    """Both maps at the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell.
+    """Brings both maps to the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell.
 
-    Both are of one image, so neither is higher but narrower."""
+    Both maps belong to one image, so the one with more rows has more columns, too."""
     a, b = x.shape[-2:], y.shape[-2:]
     size = a if sum(a) >= sum(b) else b
     return resize(x, size), resize(y, size)
@@ -173,12 +175,12 @@ def to_larger(x, y):
 # Table 1: operations. The first eleven are those of the static search space [18], in its order.
 
 class DepthwiseInFloat32(nn.Conv2d):
-    """A depthwise convolution that stays in float32 under autocast on a CPU. Elsewhere it is a plain one.
+    """A depthwise convolution that stays in float32 under autocast on a CPU; elsewhere an ordinary one.
 
-    It is used for every depthwise convolution but 3x3 with stride and rate 1. In bf16 on a CPU the
-    backward pass of torch 2.13 takes 4 to 16 times as long when it is strided or 5x5. When it is dilated
-    its weight gradient is wrong as well (relative error 1.4, at times NaN: it reads memory that nobody
-    wrote)."""
+    Used for every depthwise convolution except 3x3 with stride 1 and rate 1. The reason is the backward
+    pass of torch 2.13 in bf16 on a CPU. If the convolution is strided or 5x5, that pass takes 4 to 16 times
+    as long. If it is dilated, the weight gradient is also wrong (relative error 1.4, sometimes NaN), as it
+    reads uninitialised memory."""
 
     def forward(self, x):
         if x.device.type != "cpu":
@@ -196,9 +198,9 @@ def separable(channels, kernel, rate=1):
 
 
 class GlobalAverage(nn.Module):
-    """gap: the mean over the image, 1x1 conv-BN-ReLU, spread over the image again.
+    """gap: the mean over the image, 1x1 conv-BN-ReLU, expanded to the image's size again.
 
-    In training mode its batch norm sees one value a channel and image: it needs two images or more."""
+    Its batch norm sees one value per channel and image, so training needs a batch of two images or more."""
 
     def __init__(self, channels):
         super().__init__()
@@ -210,18 +212,18 @@ class GlobalAverage(nn.Module):
 
 
 class Zero(nn.Module):
-    """zero: the controller's way to say "not this input"."""
+    """zero: with it the controller can leave out an input."""
 
     def forward(self, x):
         return torch.zeros_like(x)
 
 
 class DeformConv2d(nn.Module):
-    """Modulated deformable convolution (v2) with its own offsets and mask, a layer for any network.
+    """Modulated deformable convolution (v2) that predicts its own offsets and mask, for any network.
 
-    x (B, cin, H, W) -> (B, cout, H / stride, W / stride), rounded up. kernel: odd.
-    Offsets (pixels) and mask come from a convolution that starts at zero, weight and bias: training starts
-    from a plain convolution, times sigmoid(0) = 1/2."""
+    x (B, cin, H, W) -> (B, cout, H / stride, W / stride), rounded up. kernel: an odd number.
+    Offsets (pixels) and mask come from a convolution whose weight and bias start at zero: training starts
+    from a plain convolution times sigmoid(0) = 1/2."""
 
     def __init__(self, cin, cout, kernel=3, stride=1, dilation=1, bias=True):
         super().__init__()
@@ -240,7 +242,7 @@ class DeformConv2d(nn.Module):
 
 
 class Deformable(DeformConv2d):
-    """deform3x3: modulated deformable 3x3 convolution, BN (it takes the 1/2 out), ReLU."""
+    """deform3x3: modulated deformable 3x3 convolution, BN (which cancels the factor 1/2), ReLU."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, bias=False)
@@ -251,8 +253,8 @@ class Deformable(DeformConv2d):
 
 
 # --------------------------------------------------------------------------------------------------
-# Table 2: aggregations of two maps. The order matters for predictive and affine. The paper names them
-# (Sect. 3.2); their formulas are [ours].
+# Table 2: aggregations of two maps. The order of the two matters for predictive and affine. The paper names
+# the aggregations (Sect. 3.2); their formulas are [ours].
 
 class Aggregation(nn.Module):
     """Brings both maps to the larger resolution, then lets the subclass combine them."""
@@ -282,9 +284,9 @@ class Concat(Aggregation):
 class Conv3d(Aggregation):
     """3D convolution, kernel (2, 3, 3), of the two maps stacked along time, BN, ReLU.
 
-    Its kernel covers both maps at once, so it is a 3x3 convolution of their concatenation: the same
-    function and the same 2 * 9 * C * C weights. Written so, it can be channels_last, which a rank-5
-    weight can't. tests/test_ops.py holds it against nn.Conv3d."""
+    The kernel covers both maps at once, so this equals a 3x3 convolution of their concatenation: the same
+    function with the same 2 * 9 * C * C weights. It is written that way because a rank-5 weight can't be
+    channels_last. tests/test_ops.py compares it with nn.Conv3d."""
 
     def __init__(self, channels):
         super().__init__()
@@ -303,16 +305,16 @@ class Attention(Aggregation):
 
     def combine(self, x, y):
         a = self.gate(torch.cat((x, y), dim=1)).sigmoid()             # (B, 2C, H, W) -> (B, C, H, W)
-        exact = torch.promote_types(x.dtype, y.dtype)  # lerp wants one dtype; under autocast a is bf16
+        exact = torch.promote_types(x.dtype, y.dtype)  # lerp needs one dtype; under autocast a is bf16
         return torch.lerp(y.to(exact), x.to(exact), a.to(exact))
 
 
 class Predictive(Aggregation):
-    """3x3 filters per pixel, softmax over the nine taps, predicted from x, applied to y (Li et al. [14])."""
+    """A 3x3 filter per pixel, its taps a softmax, predicted from x and applied to y (Li et al. [14])."""
 
     def __init__(self, channels):
         super().__init__()
-        self.filters = nn.Conv2d(channels, 9, 3, padding=1)  # the channels share a pixel's filter
+        self.filters = nn.Conv2d(channels, 9, 3, padding=1)  # one filter per pixel for all channels
 
     def combine(self, x, y):
         filters = self.filters(x).softmax(dim=1)          # (B, 9, H, W), tap t = 3 * i + j
@@ -326,11 +328,11 @@ class Predictive(Aggregation):
 
 
 class Affine(Aggregation):
-    """Spatial transformer [11]: a 2x3 matrix from the global mean of [x; y] resamples x, which is added
-    to y.
+    """Spatial transformer [11]: x is resampled by a 2x3 matrix and then added to y. The matrix is predicted
+    from the global mean of [x; y] and starts as the identity.
 
-    The matrix starts as the identity. Coordinates run from -1 to 1 over the image, as those of
-    F.affine_grid, which can't be exported with a height and width that change."""
+    Coordinates run from -1 to 1 over the image, as in F.affine_grid. That function is not used, as it can't
+    be exported with a variable height and width."""
 
     def __init__(self, channels):
         super().__init__()
@@ -385,7 +387,7 @@ def main(arguments=None):
 
     from util.costs import print_tables_1_and_2, usable_device
     parser = argparse.ArgumentParser(
-        description="Prints Tables 1 and 2: what every operation and aggregation costs at 1/8 of a CamVid "
+        description="Prints Tables 1 and 2: the cost of every operation and aggregation at 1/8 of a CamVid "
                     "frame. It takes about twenty seconds on one core.")
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
     print_tables_1_and_2(usable_device(parser.parse_args(arguments).device))

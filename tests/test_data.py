@@ -356,7 +356,7 @@ def test_ones_own_dataset_is_a_few_lines(camvid):
     ({"palette": [(0, 0, 0)] * 10}, r"Mine.palette: has shape \(10, 3\); it needs a colour .* of the 11 "
                                     r"classes"),
     ({"palette": [(0, 0, 300)] * 11}, "Mine.palette: .* 0 to 255"),
-    ({"classes": "sky road"}, "Mine.classes: is one text"),
+    ({"classes": "sky road"}, "Mine.classes: is a single string"),
     ({"clips": [[("a.png", "b.png")]]}, r"Mine.clips: holds .*a.png.*data.Frame\(image, label\)"),
     ({"clips": [[Frame(np.zeros((2, 2, 3)), None)]]}, "Mine.clips: holds .*two paths"),
     ({"clips": [[Frame("a.png", None)]]}, "Mine.clips: no frame of train has a label"),
@@ -384,7 +384,7 @@ def test_what_a_dataset_must_have_is_checked(monkeypatch, attributes, said):
 
 
 @pytest.mark.parametrize("image, label, said", [
-    (np.zeros((6, 8, 3), np.uint8), np.full((6, 8), 11, np.uint8), "label 11 is none of 0 to 10"),
+    (np.zeros((6, 8, 3), np.uint8), np.full((6, 8), 11, np.uint8), "label 11 is neither a class, 0 to 10"),
     (np.zeros((6, 8, 3), np.float32), np.zeros((6, 8), np.uint8), "an image float32"),
     (np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8), np.int64), "a label int64"),
     (np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6), np.uint8), r"a label uint8 \(8, 6\)"),
@@ -448,7 +448,7 @@ def test_what_the_labels_of_the_frame_before_are_worth(camvid, capsys):
     script(camvid, camvid / "a.png")
     # Of four pairs one has 46 pixels and no change, one 46 and four changes (0 said, 1 true), two 48, none.
     zero, one = (23 + 19 + 48) / (23 + 23 + 48), (23 + 23 + 48) / (23 + 27 + 48)
-    assert capsys.readouterr().out.count(f"as the answer: mIoU {100 * (zero + one) / 2:.1f} %") == 3
+    assert capsys.readouterr().out.count(f"as the prediction: mIoU {100 * (zero + one) / 2:.1f} %") == 3
 
 
 def test_the_contact_sheet_replaces_itself_and_nothing_else(camvid, tmp_path, capsys):
@@ -533,16 +533,16 @@ def no_windows(d):
 FAULTS = {
     "truncated image": (lambda d: break_file(d / FIRST), f"{FIRST}: {NO_IMAGE}"),
     "truncated jpeg": (lambda d: break_file(d / "train/0001TP_000030.jpg"), f"0001TP_000030.jpg: {NO_IMAGE}"),
-    "empty image": (lambda d: (d / FIRST).write_bytes(b""), f"{FIRST}: {NO_IMAGE} (no PNG or JPEG)"),
+    "empty image": (lambda d: (d / FIRST).write_bytes(b""), f"{FIRST}: {NO_IMAGE} (not PNG or JPEG)"),
     "truncated label": (lambda d: break_file(d / LABEL), f"{LABEL}: {NO_IMAGE}"),
     "sizes differ": (lambda d: write(d / LABEL, np.zeros((6, 7), np.uint8)),
                      f"{LABEL}: 7 x 6, but its image 0001TP_000000.png is 8 x 6"),
     "label out of range": (lambda d: write(d / LABEL, np.full((6, 8), 12, np.uint8)),
-                           f"{LABEL}: label value 12 is out of range"),
+                           f"{LABEL}: label value 12 is no class number"),
     "coloured label": (lambda d: write(d / LABEL, RGB), f"{LABEL}: pixels of mode RGB"),
     "16-bit label": (lambda d: write(d / LABEL, DEEP), f"{LABEL}: pixels of mode I;16"),
     "16-bit image": (lambda d: write(d / FIRST, DEEP), f"{FIRST}: pixels of mode I;16"),
-    "another size": (another_size, f"{FIRST}: 8 x 9, most others 8 x 6; all frames of a split must have one"),
+    "another size": (another_size, f"{FIRST}: 8 x 9, most others 8 x 6; all frames of a split must have"),
     "missing label": (lambda d: (d / LABEL).unlink(), f"{FIRST}: has no label {LABEL}"),
     "missing labels": (lambda d: (d / "trainannot").rename(d / "elsewhere"), "trainannot: no such folder"),
     "missing image": (lambda d: (d / FIRST).unlink(), f"{LABEL}: has no image {FIRST}"),
@@ -552,8 +552,8 @@ FAULTS = {
     "another kind of file": (lambda d: (d / "train/notes.txt").write_text("mine"),
                              "train/notes.txt: the name is not CLIP_FRAME"),
     "wrong extension": (lambda d: as_format((d / FIRST).rename(d / "train/0001TP_000000.bmp"), "BMP"),
-                        f"0001TP_000000.bmp: {NO_IMAGE} (no PNG or JPEG)"),
-    "an EPS named PNG": (lambda d: as_format(d / FIRST, "EPS"), f"{FIRST}: {NO_IMAGE} (no PNG or JPEG)"),
+                        f"0001TP_000000.bmp: {NO_IMAGE} (not PNG or JPEG)"),
+    "an EPS named PNG": (lambda d: as_format(d / FIRST, "EPS"), f"{FIRST}: {NO_IMAGE} (not PNG or JPEG)"),
     "a folder named PNG": (folder_named_png, f"{FIRST}: is not an image"),
     "empty split": (lambda d: empty(d, "train"), "no frame in split 'train'"),
     "empty folders of one split": (lambda d: empty(d, "val"), "no frame in split 'val'"),
@@ -582,7 +582,7 @@ def test_a_bad_file_is_named(camvid, tmp_path_factory, capsys, fault):
 @pytest.mark.parametrize("fault, said", [
     (lambda d: break_file(d / "test/0001TP_000000.png"), f"test/0001TP_000000.png: {NO_IMAGE}"),
     (FAULTS["sizes differ"]), (FAULTS["missing label"]),
-    (no_windows, "--sequence-length 3: no camvid clip")],
+    (no_windows, "--sequence-length 3: no clip of camvid")],
     ids=["an image of the last split", "sizes differ", "missing label", "no windows"])
 def test_a_bad_file_is_named_before_the_training(camvid, tmp_path, capsys, fault, said):
     fault(camvid)
@@ -727,7 +727,7 @@ def test_bombs_are_refused_in_bounded_memory(tmp_path):
     *lines, megabytes = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and len(lines) == 8 and int(megabytes) < 300
     said = {pathlib.Path(line.split()[0].rstrip(":")).stem: line for line in lines}
-    assert "10000 x 10000 pixels, over 67108864 are not read" in said["large"]
+    assert "10000 x 10000 pixels; the limit is 67108864" in said["large"]
     assert "65500 x 1100 pixels" in said["wide"]
     assert all(NO_IMAGE in said[name] for name in ("huge", "negative", "text", "itxt"))
     assert all("(8, 8, 3)" in said[name] or "is not an image" in said[name] for name in ("profile", "idat"))

@@ -583,7 +583,7 @@ def test_segment_refuses(segmenter):
                   None, "x", [[1]], np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), object)):
         with pytest.raises(ValueError, match=r"an image must be \(H, W, 3\) uint8"):
             segmenter.segment(image)
-    with pytest.raises(ValueError, match="the state is of another frame size; start with state=None"):
+    with pytest.raises(ValueError, match="the state belongs to a frame of another size; start with state="):
         segmenter.segment(torch.zeros(40, 90, 3, dtype=torch.uint8), state)
     for other in ("x", 3, tuple(state), torch.zeros(1)):
         with pytest.raises(ValueError, match="state must be what the last call returned"):
@@ -602,16 +602,16 @@ def test_step_and_forward_refuse(segmenter):
             call()
     narrow = State(state.layer4, state.dec[:, :, 1:])
     for other, wrong in ((small, state), (image.expand(2, -1, -1, -1), state), (image, narrow)):
-        with pytest.raises(ValueError, match="another frame size"):
+        with pytest.raises(ValueError, match="a frame of another size"):
             segmenter.step(other, wrong)
     training = copy.deepcopy(segmenter).train()
-    with pytest.raises(ValueError, match="gap's batch norm can't train on a batch of one"):
+    with pytest.raises(ValueError, match="the batch norm of gap can't train on a single image"):
         training.step(image)
     training.step(image.expand(2, -1, -1, -1))
     training.static.eval()
     training.step(image, state)                           # the attention cell has no gap
     training.cell = DynamicCell([("layer2", "layer4", "gap", "skip", "sum")], 11).double()
-    with pytest.raises(ValueError, match="batch of one"):
+    with pytest.raises(ValueError, match="a single image"):
         training.step(image, state)
     training.eval().step(image, state)
 

@@ -1,4 +1,4 @@
-"""What may stand where a cell does: a genotype's cell, or arch2's own decoder as the strictest control."""
+"""The two kinds of cell: that of a genotype, and, as the strictest control, arch2's own decoder."""
 import copy
 import hashlib
 import pathlib
@@ -9,13 +9,13 @@ from data import InputError
 from dyncell import CELLS, DynamicCell, Genotype
 from util import weights
 
-DECODER = "decoder"                          # stands where a genotype does
+DECODER = "decoder"                          # used in place of a genotype
 
 
 class Decoder(torch.nn.Module):
-    """A copy of arch2's decoder as a cell that doesn't look at the past. [ours] It says what a cell's
-    structure is worth: it is trained alone and end to end by the same steps as the cells. (No block of
-    arch2 uses layer1.)"""
+    """A copy of arch2's decoder, used as a cell that ignores the previous frame. [ours] It is trained alone
+    and end to end by the same steps as the cells, so the difference shows what a cell's structure is worth.
+    (A cell gets no layer1, and no block of arch2 uses it.)"""
 
     def __init__(self, static):
         super().__init__()
@@ -31,8 +31,8 @@ class Decoder(torch.nn.Module):
 
 
 def make_cell(genotype, static, past=True):
-    """A Genotype, its JSON text or DECODER -> the module. past=False: zeros in place of the previous
-    frame."""
+    """A Genotype, its JSON text or DECODER -> the module. past=False: zeros replace the previous frame's
+    maps."""
     if genotype == DECODER:
         return Decoder(static)
     if not isinstance(genotype, Genotype):
@@ -41,23 +41,24 @@ def make_cell(genotype, static, past=True):
 
 
 def as_text(genotype):
-    """What a checkpoint holds: JSON, or DECODER."""
+    """A Genotype or DECODER -> the text that a checkpoint holds."""
     return genotype.to_json() if isinstance(genotype, Genotype) else genotype
 
 
 def cell_of(text):
-    """What --cell was given -> a name for files, and a Genotype or DECODER.
+    """The argument of --cell -> a name for files, and a Genotype or DECODER.
 
-    A name of CELLS, "decoder", a JSON file, a checkpoint of a cell, or a genotype as it is printed or as
-    JSON. A cell of one's own is named by its content. Raises InputError."""
+    The argument may be a name in CELLS, "decoder", a JSON file, a checkpoint of a cell, or a genotype as
+    JSON or as it is printed. A cell that is not in CELLS is named by a hash. Raises InputError for anything
+    else."""
     if text == DECODER or text in CELLS:
         return text, CELLS.get(text, DECODER)
     try:
         genotype = Genotype(read_cell(text))
     except ValueError as error:
         raise InputError(f"argument --cell: invalid choice: {text[:60]!r} ({error}); it takes "
-                         f"{', '.join(CELLS)}, {DECODER}, a file of a "
-                         "genotype's JSON or of a trained cell, or a genotype as it is printed") from None
+                         f"{', '.join(CELLS)}, {DECODER}, a JSON file of a genotype, a checkpoint of a "
+                         "cell, or a genotype as it is printed") from None
     for name, known in CELLS.items():
         if genotype == known:
             return name, known
@@ -65,7 +66,7 @@ def cell_of(text):
 
 
 def read_cell(text):
-    """The text, or what the file of this name holds."""
+    """The content of the file of this name, or the text itself if it is no file name."""
     path = pathlib.Path(text)
     if not text.lower().endswith((".json", ".jsonl", ".pt", ".txt")):
         return text
@@ -74,12 +75,13 @@ def read_cell(text):
             return weights.read(path, "--cell takes a trained cell")["genotype"]
         return path.read_text()
     except KeyError:
-        raise ValueError("no cell's checkpoint") from None
+        raise ValueError("not the checkpoint of a cell") from None
     except OSError as error:
         raise ValueError(error.strerror) from None
 
 
 def cell_text(text):
-    """The same, to be kept in a recipe: a name, or the printed genotype. A file may move."""
+    """The argument of --cell as a recipe keeps it: a name or the printed genotype, never a file, which may
+    move."""
     name, genotype = cell_of(text)
     return name if genotype == DECODER or name in CELLS else str(genotype)

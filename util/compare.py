@@ -1,8 +1,7 @@
-"""What is beyond the paper: the controls that make its table honest, cells by name, seeds, latency; and the
-table itself.
+"""Additions to the paper: control networks, cells by name, seeds, latency, and the table of results.
 
-A control says what a cell is worth and is never a run's best: the baseline trained as long, arch2's own
-decoder in a cell's place, the best cell with the past zeroed. """
+A control is a network to which the cells are compared, and is never a run's best: the baseline trained as
+long, arch2's own decoder used as a cell, the best cell with the past zeroed."""
 import collections
 import contextlib
 import hashlib
@@ -29,7 +28,7 @@ from util.runs import fields_of, load, read_log, save, set_tf32
 TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
           "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)",
           "cell3": "cell3 (reconstructed)"}
-# Of each search: its log, what its cells are called in files, and in the table.
+# For each search: its log, the name of its cells in files, and its name in the table.
 SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
 
 
@@ -37,7 +36,7 @@ SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "
 # Which networks?
 
 class Network(typing.NamedTuple):
-    """A row of the table; each seed has one."""
+    """A network of the table; each seed is a network of its own."""
     name: str
     title: str
     genotype: Genotype | str | None = None
@@ -57,22 +56,21 @@ def strategies(recipe):
 
 
 def ranked(run, strategy):
-    """The different genotypes among a search's candidates, the best first."""
+    """The distinct genotypes of a search, best reward first. Raises InputError if all candidates failed."""
     path, r = run.path(SEARCHES[strategy][0]), run.recipe
     entries = []
     for entry in read_log(path).values():
         if entry["status"] == "ok" and entry["candidate"] < r.search_candidates:
             entries.append(entry)
     if not entries:
-        raise InputError(f"{path}: no candidate came through, so there is no cell to train; use another "
-                         "--run")
+        raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
     entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
 
 
 def numbered(run, kind, genotypes):
-    """{genotype: name}: cell-0, cell-1, ... A cell that was trained before keeps its name, whatever a
-    search that went on has found since; new ones get the next numbers."""
+    """{genotype: name}, where names are cell-0, cell-1, ... A cell that was trained keeps its name, even if
+    the search has continued and found better ones. New cells get the next numbers."""
     names = {}
     while True:
         name = f"{kind}-{len(names)}"
@@ -86,7 +84,8 @@ def numbered(run, kind, genotypes):
 
 
 def networks(run):
-    """What finetune trains and evaluate scores, in the table's order. One process looks, all follow."""
+    """The networks that finetune trains and evaluate scores, in the table's order. Rank 0 decides for all
+    processes."""
     chosen = [Network("baseline", "per-frame baseline, trained as long")]
     if run.rank == 0:
         for strategy in strategies(run.recipe):
@@ -115,7 +114,7 @@ def networks(run):
 
 
 def logs(run):
-    """{strategy: log} of the run's searches."""
+    """{strategy: Log} of the run's searches."""
     return {strategy: run.log(SEARCHES[strategy][0]) for strategy in strategies(run.recipe)}
 
 
@@ -140,7 +139,7 @@ def done(run, stage):
     if stage == "finetune":
         return all(run.finished(network.name) for network in networks(run))
     table = Table(run)
-    missing = table.missing()                                     # all processes look, one decides
+    missing = table.missing()                                     # rank 0 decides
     return run.agree(not missing and table.finished)
 
 
@@ -149,11 +148,11 @@ NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 
 @contextlib.contextmanager
 def stage(run, name, stages):
-    """Around a stage: says which of `stages` it is, whether anything is missing, how long it took, and draws
-    what it made."""
+    """A context for a stage. Yields whether anything is to be done; prints the stage's number and its time,
+    and draws its figures. Raises InputError if an earlier stage is missing."""
     if name in NEEDS and not run.finished(NEEDS[name]):
         raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
-                         "needs it; run the stages before it first")
+                         "needs it; run the earlier stages first")
     start, missing = time.time(), not done(run, name)
     set_tf32(name != "evaluate")
     if missing:
@@ -162,7 +161,7 @@ def stage(run, name, stages):
     try:
         with told(name, run.device):
             if missing:
-                data.each(run.frames, run.splits)                 # a broken file shows now
+                data.each(run.frames, run.splits)                 # finds a broken file now
             yield missing
     finally:
         Progress.stage = ""
@@ -175,7 +174,7 @@ def stage(run, name, stages):
             print_table(load(run.path("results.json")))
             print_rise(run)
             if run.recipe.static == "none" and run.recipe.static_epochs < 5:
-                print("\nThese numbers mean nothing: it was trained only to see that everything runs "
+                print("\nThese numbers mean nothing: the run only shows that everything works "
                       f"(--static-epochs {run.recipe.static_epochs}).")
         if name == stages[-1]:
             print_next(run, name)
@@ -183,14 +182,13 @@ def stage(run, name, stages):
 
 
 def print_next(run, name):
-    """What can be done after the last stage of a command."""
+    """Prints what can be done after the last stage of a command."""
     after = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
     if name in after:
         print(f"next: the same command with --stage {after[name]}")
     else:
-        print(f"\nThe figures are in {run.path('figures')}. One's own video:\n    python train.py --stage "
-              f"predict "
-              f"--run {run.folder} --input FRAMES_DIR_OR_GIF --output OUT")
+        print(f"\nThe figures are in {run.path('figures')}. To segment a video of your own:\n    python "
+              f"train.py --stage predict --run {run.folder} --input FRAMES_DIR_OR_GIF --output OUT")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,17 +196,16 @@ def print_next(run, name):
 
 @torch.no_grad()
 def latency_worth(run, cell, static, stored, entry):
-    """(time / target) ** -latency_weight of a cell, a factor of its reward: Sect. 1's outlook; [ours]. 1
-    without weight.
+    """The factor (time / target) ** -latency_weight of a cell's reward; 1 if the weight is 0. [ours], after
+    the outlook in Sect. 1.
 
-    A measurement: with a latency in the reward a search is reproducible only in so far as the machine's
-    times are."""
+    The time is measured, so such a search is only as reproducible as the machine's times."""
     if not run.recipe.latency_weight:
         return 1.0
     names = "layer4", "dec", "layer2", "layer3", "layer4"
     inputs = [stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last) for name in names]
 
-    def time_of(module):                     # ms a frame of the cell alone: folded, batch 1
+    def time_of(module):                     # ms per frame of the cell alone: folded, batch 1
         return milliseconds(fold_batchnorm(module).to(memory_format=torch.channels_last), *inputs)
 
     entry["ms"] = time_of(cell)
@@ -218,8 +215,8 @@ def latency_worth(run, cell, static, stored, entry):
 
 @torch.no_grad()
 def frame_costs(run, video):
-    """ms of the encoder alone, a key frame, a later frame, as they are evaluated: padded, batch norms folded,
-    float32, batch 1; prediction at 1/8."""
+    """ms of the encoder alone, of a key frame and of a later frame, and multiply-adds of a later frame. As
+    in the evaluation: padded, batch norms folded, float32, batch 1, prediction at 1/8."""
     image, label = run.frames("val")[0]
     image, _ = data.pad(data.normalise(image[None]), label[None], video.pad)      # (1, 3, H, W)
     image = image.contiguous(memory_format=torch.channels_last)
@@ -232,10 +229,10 @@ def frame_costs(run, video):
 
 
 def mean_times(run, costs, every):
-    """ms a frame in the mean of a sequence, Table 5's: "the baseline on the first frame and the dynamic
-    cell on the rest". Of a sequence of the training's length, and of the clips that are reported.
+    """Mean ms per frame, as in Table 5: "the baseline on the first frame and the dynamic cell on the rest".
+    Once over a sequence of the training's length, once over the clips of the reported split.
 
-    every: the key-frame distance; 0: only the first frame is one"""
+    every: the key-frame distance; 0: only the first frame is a key frame"""
     def mean(lengths):
         total = 0
         for length in lengths:
@@ -251,7 +248,7 @@ def mean_times(run, costs, every):
 # The table
 
 class Table:
-    """The rows of results.json, written as they come: an evaluation that was cut goes on."""
+    """The rows of results.json. Each is saved at once, so an interrupted evaluation continues."""
 
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
@@ -259,14 +256,14 @@ class Table:
         fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name not in weights.FILES]
         values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
-        if self.path.exists():               # a row of networks that were trained otherwise is scored again
+        if self.path.exists():               # rows of networks from another recipe are scored again
             saved = load(self.path)
             self.rows = [row for row in saved["rows"] if row.get("made_with") == self.made_with]
             self.finished = "best" in saved
 
     def missing(self):
-        """[(network, key-frame distances)] of the rows that no evaluation has scored yet; none for processes
-        other than the first, which evaluates alone."""
+        """[(network, key-frame distances)] of the rows that have no scores yet. Empty except in rank 0,
+        which evaluates alone."""
         made, rows = {(row["name"], row["key_frame_every"]) for row in self.rows}, []
         for network in [Network("static", "per-frame baseline"), *networks(self.run)]:
             distances = dict.fromkeys(self.run.recipe.key_frames) if network.genotype else [1]
@@ -287,12 +284,12 @@ class Table:
         print(f"evaluate: {network.name}, key frame {distance(every)}: {split} mIoU {miou:.1f} %", flush=True)
 
     def answers(self, network, every):
-        """A place for the answers of a network on the split that is reported."""
+        """A new Answers for the label maps of a network on the reported split."""
         self.kept[network.name, every] = Answers(self.run.frames(self.run.splits[-1]))
         return self.kept[network.name, every]
 
     def finish(self, segment_clips):
-        """The best cell on val, and the frames on which it and the baseline differ most."""
+        """Saves the name of the best cell on val, and the frames where it and the baseline differ most."""
         if self.run.rank:
             return
         run, split = self.run, self.run.splits[-1]
@@ -301,7 +298,7 @@ class Table:
         cells = [row for row in cells if not row["control"]] or cells
         best = max(cells, key=lambda row: row["val"]["miou"])
         answers = []
-        for name, every in (("baseline", 1), (best["name"], first)):      # of an earlier evaluation: made again
+        for name, every in (("baseline", 1), (best["name"], first)):      # not kept from an earlier call
             kept = self.kept.get((name, every))
             answers.append(kept or segment_clips(run, run.load(name), split, every))
         save(run.path("examples.pt"), differing_frames(run.frames(split), *answers, best["name"]))
@@ -311,7 +308,8 @@ class Table:
 
 
 class Answers:
-    """Label maps of a split's frames, packed: a hundredth of their size. As segment_clips yields them."""
+    """Label maps of a split's frames, compressed to a hundredth of their size. Iterating yields (frame
+    number, label map, label), as segment_clips does."""
 
     def __init__(self, frames):
         self.frames, self.packed = frames, {}
@@ -327,21 +325,21 @@ class Answers:
 
 
 def without_nan(value):
-    """JSON has no NaN: None in its place."""
+    """Replaces NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
     return None if value != value else value
 
 
 def differing_frames(frames, baseline, cell, cell_name, count=4, apart=20):
-    """Rows of Figs. 5 and 6: the frames where the largest share of labelled pixels differs between the two
-    networks' answers, of every `apart` frames one at the most. [ours]
+    """The rows of Figs. 5 and 6: the frames in which the two networks' label maps differ in the largest
+    share of labelled pixels; at most one out of every `apart` frames. [ours]
 
     baseline, cell: iterators over (frame number, label map, label)."""
     def labelled(results):
         return (result for result in results if frames.list[result[0]].label is not None)
 
-    best = {}                                                     # of every `apart` frames
+    best = {}                                                     # one for every `apart` frames
     for (k, a, label), (_, b, _) in zip(labelled(baseline), labelled(cell)):
         counted = label != data.IGNORE
         share = ((a != b) & counted).sum().item() / max(1, counted.sum().item())
@@ -363,7 +361,7 @@ def distance(every):
 
 
 def percent(rows, split, name):
-    """The mean, and where there are several seeds their deviation."""
+    """The mean in %, and for several seeds their standard deviation."""
     values = [row[split][name] for row in rows]
     if None in values:                                            # no three labelled frames in a row
         return "-"
@@ -372,15 +370,14 @@ def percent(rows, split, name):
 
 
 def print_table(results):
-    """The paper's Table 5 from results.json, and the IoU of each class."""
+    """Prints the paper's Table 5 from results.json, and the IoU of each class."""
     split, groups = results["reported"], collections.defaultdict(list)
     for row in results["rows"]:                                   # the seeds of a row are reported as one
         groups[row["title"], row["key_frame_every"]].append(row)
-    seeds = "; mean ± deviation over seeds" if len(groups) < len(results["rows"]) else ""
-    print(f"\n{split} split; mIoU and consistency in %; multiply-adds (G) and ms of a later frame; ms a "
-          f"frame in "
-          f"the mean of a\nsequence (Table 5's) and of a clip, on {results['device']} ({results['threads']} "
-          f"threads){seeds}")
+    seeds = "; mean ± standard deviation over seeds" if len(groups) < len(results["rows"]) else ""
+    print(f"\n{split} split; mIoU and consistency in %; multiply-adds (G) and ms of a later frame; mean ms "
+          f"per frame of a\nsequence (as in Table 5) and of a clip, on {results['device']} "
+          f"({results['threads']} threads){seeds}")
     print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
           f"{'ms later':>9} {'sequence':>8} {'clip':>6} {'/ encoder':>9} {'val mIoU':>10}")
     for (title, every), rows in groups.items():
@@ -393,7 +390,7 @@ def print_table(results):
     classes = results["rows"][0][split]["iou"]
     names = "".join(f" {name[:10]:>10}" for name in classes)
     print(f"\n{'IoU of each class (the first key frame)':38}{names}")
-    first = {}                                                    # of each title
+    first = {}                                                    # title: rows of its first distance
     for (title, _), rows in groups.items():
         first.setdefault(title, rows)
     for title, rows in first.items():
@@ -408,7 +405,7 @@ def print_table(results):
 
 
 def print_rise(run, parts=4):
-    """Fig. 3 in a line for each search: do the later candidates have higher rewards?"""
+    """Prints a line for each search that shows whether later candidates have higher rewards (Fig. 3)."""
     for strategy in strategies(run.recipe):
         file, _, said = SEARCHES[strategy]
         rewards = [entry["reward"] for _, entry in sorted(read_log(run.path(file)).items())]

@@ -1,6 +1,7 @@
-"""What a module costs: parameters, multiply-adds, time, memory; and the tables of ops.py and dyncell.py.
+"""The cost of a module (parameters, multiply-adds, time, memory), and the tables of ops.py and dyncell.py.
 
-Multiply-adds are those of convolutions and matrix products. Times are medians in ms of calls made in turn.
+Multiply-adds are those of convolutions and matrix products. Times are medians in ms; the calls to be
+compared take turns.
 """
 import statistics
 import time
@@ -14,7 +15,7 @@ from ops import AGGREGATIONS, OPERATIONS
 
 
 def parameters(module):
-    """Number of trainable numbers."""
+    """Number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -28,7 +29,7 @@ def multiply_adds(function, *inputs):
 
 
 def synchronise(device=None):
-    """Waits until the device has done what it was given. None: the current accelerator, if there is one."""
+    """Waits until the device has finished its work. None: the current accelerator, if there is one."""
     if device is None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
@@ -39,9 +40,10 @@ def synchronise(device=None):
 def milliseconds_in_turn(calls, repeats=5, device=None):
     """Median wall time in ms of each of several calls: {name: function} -> {name: ms}.
 
-    The calls take turns, so whatever else the machine does hits them all alike and their ratios hold. A
-    first round does not count. In each turn a call is made twice and the second is timed: the first brings
-    the weights back into the cache. `device` is the one to wait for, see `synchronise`."""
+    The calls take turns, so other load on the machine slows all of them alike, and their ratios stay right.
+    The first round is not counted. In each round a call is made twice, and only the second is timed: the
+    first brings its weights back into the cache. `device` is the device to wait for, as in
+    `synchronise`."""
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
@@ -55,13 +57,13 @@ def milliseconds_in_turn(calls, repeats=5, device=None):
 
 
 def milliseconds(function, *inputs, repeats=5, device=None):
-    """Median wall time in ms of function(*inputs), after one round that does not count."""
+    """Median wall time in ms of function(*inputs), after one round that is not counted."""
     return milliseconds_in_turn({"": lambda: function(*inputs)}, repeats, device)[""]
 
 
 def megabytes_kept(module, *inputs):
-    """Memory in MB that a call makes and keeps until its backward pass, its result included."""
-    kept = {}                                # address: storage, held so that no address is used again
+    """Memory in MB that a call allocates and keeps for its backward pass, including its result."""
+    kept = {}                                # address: storage, kept alive so that no address is reused
 
     def note(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
@@ -75,7 +77,7 @@ def megabytes_kept(module, *inputs):
 
 
 def usable_device(name):
-    """torch.device(name), after one number has been there and back. Raises InputError when that fails."""
+    """torch.device(name), after a test that it works. Raises InputError when it doesn't."""
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -90,14 +92,15 @@ def usable_device(name):
 # Tables 1 and 2: operations and aggregations (`python ops.py`)
 
 def print_costs(title, modules, inputs):
-    """One row a module {name: module}, each called with the same inputs, which must require a gradient."""
+    """Prints a row per module of {name: module}. Each is called with the same inputs, which must require a
+    gradient."""
     def forward(module):
         with torch.no_grad():
             module(*inputs)
 
     def forward_backward(module):
         out = module(*inputs)
-        if out.requires_grad:                # zero has nothing to learn
+        if out.requires_grad:                # the result of `zero` doesn't
             out.sum().backward()
 
     calls = {}
@@ -114,7 +117,7 @@ def print_costs(title, modules, inputs):
 
 
 def print_tables_1_and_2(device):
-    """Every operation and aggregation, then a plain beside a deformable convolution on a whole batch."""
+    """Every operation and aggregation; then a plain and a deformable convolution on a whole batch."""
     channels, size = 64, (45, 60)
 
     def maps(count, batch, size):
@@ -124,9 +127,8 @@ def print_tables_1_and_2(device):
     operations = {name: make(channels).to(device).eval() for name, make in OPERATIONS.items()}
     aggregations = {name: make(channels).to(device).eval() for name, make in AGGREGATIONS.items()}
     print(f"At {channels} channels, {size[0]} x {size[1]} (1/8 of a CamVid frame), batch 1, float32, device "
-          f"{device},\n{torch.get_num_threads()} threads. MB kept: what a forward pass makes and keeps for "
-          f"the "
-          "backward pass, its\nresult included.")
+          f"{device},\n{torch.get_num_threads()} threads. MB kept: memory that a forward pass keeps for "
+          "the backward pass,\nincluding its result.")
     print_costs("Table 1: operations", operations, maps(1, 1, size))
     print_costs("Table 2: aggregations", aggregations, maps(2, 1, size))
     two = {name: operations[name] for name in ("conv3x3", "deform3x3")}
@@ -134,11 +136,12 @@ def print_tables_1_and_2(device):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Table 5: a frame (`python dyncell.py`)
+# Table 5: the cost of a frame (`python dyncell.py`)
 
 def frame_calls(width, height, arch2, cells, device="cpu"):
-    """What is done to a frame, {name: function}: the encoder alone, arch2, and arch2 with each of the cells
-    on a later frame. For inference: batch norms folded, channels_last, batch 1, float32."""
+    """The ways to process a frame, {name: function}: the encoder alone, arch2, and for each cell the
+    encoder and the cell, as on a later frame. For inference: batch norms folded, channels_last, batch 1,
+    float32."""
     def prepared(module):
         return fold_batchnorm(module).to(device, memory_format=torch.channels_last)
 
@@ -153,7 +156,7 @@ def frame_calls(width, height, arch2, cells, device="cpu"):
 
 
 def print_frames(title, calls, counts, repeats, device=None):
-    """One row a call of `frame_calls`; counts: {name: parameters}."""
+    """Prints a row per call of `frame_calls`. counts: {name: parameters}."""
     ms = milliseconds_in_turn(calls, repeats, device)
     print(f"\n{title:24} {'parameters':>11} {'G mult-adds':>12} {'ms':>8} {'/ encoder':>10} {'/ arch2':>8}")
     for name, call in calls.items():
@@ -162,7 +165,7 @@ def print_frames(title, calls, counts, repeats, device=None):
 
 
 def print_pixels(title, sizes, arch2, cell, device=None):
-    """Time against pixels: one row a size (width, height)."""
+    """Prints the time at each of some sizes (width, height), and the time per megapixel."""
     print(f"\n{'time against pixels':24} {'arch2 ms':>10} {'ms / Mpixel':>12} {title + ' ms':>12} "
           f"{'ms / Mpixel':>12}")
     for width, height in sizes:
@@ -183,8 +186,8 @@ def print_table_5(device):
         cells[name] = DynamicCell(genotype, static.num_classes).eval()
         counts[f"arch2 + {name}"] = parameters(static) + parameters(cells[name])
     print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms\n"
-          "folded and channels_last but for 'arch2, as it is'; with a cell: a later frame. cell0 to\n"
-          "cell3 are reconstructions. Medians of calls made in turn.")
+          "folded and channels_last, except for 'arch2, as it is'. 'arch2 + ...': a later frame.\n"
+          "cell0 to cell3 are reconstructions. Times are medians of calls made in turn.")
 
     calls = frame_calls(480, 360, camvid, cells, device)
     image = torch.randn(1, 3, 360, 480).to(device)

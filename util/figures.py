@@ -11,7 +11,8 @@
     fig5-examples.png     examples.pt                    image, ground truth, baseline, cell (Figs. 5 and 6)
 
 In the order of the file: label maps in colour, a canvas, a plot, the figures, the run folder. Colours are
-Okabe and Ito's, told apart by the colour-blind, and never alone: a shape, a dash or a word says the same.
+Okabe and Ito's, which the colour-blind can tell apart. A shape, a dash or a word always repeats what a
+colour says.
 """
 import argparse
 import functools
@@ -33,7 +34,7 @@ BLUE, SKY, VERMILLION, ORANGE = (0, 114, 178), (86, 180, 233), (213, 94, 0), (23
 GREEN, PURPLE = (0, 158, 115), (204, 121, 167)
 COLOURS = INK, BLUE, VERMILLION, GREEN, ORANGE, PURPLE
 STYLES = [("line", colour) for colour in COLOURS] + [("dashed", colour) for colour in COLOURS]
-MARKS = "disc", "hollow", "ring", "diamond", "cross"      # of lines that may lie on each other
+MARKS = "disc", "hollow", "ring", "diamond", "cross"      # for lines that may cover each other
 SOURCES = BLUE, VERMILLION, GREEN, ORANGE, PURPLE         # the five inputs of a cell
 
 
@@ -41,7 +42,7 @@ SOURCES = BLUE, VERMILLION, GREEN, ORANGE, PURPLE         # the five inputs of a
 # Label maps in colour, for predictions too
 
 def _table(palette):
-    """(256, 3) uint8: the colour of each label value, black where there is no class."""
+    """(256, 3) uint8: the colour of each label value, black for values without a class."""
     return np.concatenate([palette, np.zeros((256 - len(palette), 3))]).astype(np.uint8)
 
 
@@ -51,7 +52,7 @@ def colourise(labels, palette):
 
 
 def shown(labels, palette):
-    """colourise() for pictures to look at: what is ignored is white with grey stripes, like no class."""
+    """colourise() for viewing: ignored pixels are white with grey stripes, unlike any class."""
     labels = np.asarray(labels)
     row, column = np.indices(labels.shape)
     period = max(8, labels.shape[1] // 32)
@@ -62,7 +63,8 @@ def shown(labels, palette):
 
 
 def overlay(image, labels, palette, alpha=0.5):
-    """(H, W, 3) uint8: the labels' colours over the image, `alpha` of them; ignored pixels stay."""
+    """(H, W, 3) uint8: the labels' colours blended over the image, with weight `alpha`. Ignored pixels keep
+    the image's colour."""
     image, ignored = np.asarray(image), np.asarray(labels) == IGNORE
     colours = colourise(labels, palette)
     colours[ignored] = image[ignored]
@@ -72,12 +74,13 @@ def overlay(image, labels, palette, alpha=0.5):
 def save_indexed(path, labels, palette):
     """Writes (H, W) labels as a PNG that holds the class numbers and shows the palette's colours."""
     image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
-    image.putpalette(_table(palette).tobytes())   # mode L becomes P; with all 256 entries 255 stays 255
+    image.putpalette(_table(palette).tobytes())   # mode L becomes P; needs all 256 entries for label 255
     save_png(path, image)
 
 
 def save_png(path, image, description="a figure"):
-    """Written beside and renamed: a picture is whole or not there. The description is stored in it."""
+    """Writes a temporary file and renames it, so that a picture is complete or absent. The description is
+    stored in it."""
     beside, text = f"{path}.writing", PngInfo()
     text.add_text("Description", description)
     image.save(beside, "PNG", pnginfo=text)
@@ -87,7 +90,7 @@ def save_png(path, image, description="a figure"):
 # ---------------------------------------------------------------------------------------------------------
 # A canvas: lines, boxes, marks, text
 
-ZOOM = 3                                     # drawn so much larger, then shrunk: that smooths the lines
+ZOOM = 3                                     # all is drawn larger by this, then shrunk: smooth lines
 
 
 @functools.lru_cache
@@ -104,7 +107,8 @@ def zoomed(points):
 
 
 class Canvas:
-    """A white picture. Coordinates are pixels of the finished one, y downwards. The height may be lowered."""
+    """A white picture to draw on. Coordinates are pixels of the finished picture, y downwards. `height` may
+    be lowered before it is finished."""
 
     def __init__(self, width, height):
         self.width, self.height = math.ceil(width), math.ceil(height)
@@ -119,7 +123,7 @@ class Canvas:
         return image
 
     def line(self, points, colour, width=2, dash=None):
-        """dash: pixels drawn and pixels left out."""
+        """dash: how many pixels to draw, and how many to leave out."""
         x, y = np.asarray(points, float).T                                # (N,)
         pieces = [np.stack((x, y), axis=1)]
         if dash:
@@ -135,20 +139,21 @@ class Canvas:
         self.pen.rounded_rectangle(zoomed([(x0, y0), (x1, y1)]), ZOOM * radius, fill, outline, 2 * ZOOM)
 
     def text(self, x, y, text, size=16, colour=INK, anchor="lm"):
-        """anchor as in Pillow: (x, y) is the middle (m) of the left (l) edge, or of all (mm), ..."""
+        """anchor, as in Pillow, is the point of the text at (x, y): "lm" is the middle of its left edge."""
         self.pen.text((ZOOM * x, ZOOM * y), text, colour, font(ZOOM * size), anchor)
 
     def picture(self, x, y, pixels, size):
-        """(H, W, 3) uint8 at (width, height); where it is enlarged, each pixel becomes a block."""
+        """Puts pixels (H, W, 3) uint8 at (x, y), resized to size (width, height). If enlarged, a pixel
+        becomes a block."""
         self.pictures.append((x, y, Image.fromarray(pixels).resize(size, Image.Resampling.BOX)))
 
     def mark(self, shape, colour, x, y, r=5):
-        """A dot of a plot, or a line or swatch of a legend."""
+        """Draws a dot of a plot, or a line or a swatch of a legend."""
         if shape in ("line", "dashed"):
             self.line([(x - 12, y), (x + 12, y)], colour, 3, (6, 3) if shape == "dashed" else None)
         elif shape == "swatch":
             self.box(x - 9, y - 8, x + 9, y + 8, colour)
-        elif shape == "striped":             # what is ignored
+        elif shape == "striped":             # ignored pixels
             stripes = shown(np.full((16, 18), IGNORE), [(0, 0, 0)])
             self.pictures.append((round(x) - 9, round(y) - 8, Image.fromarray(stripes)))
             self.box(x - 10, y - 9, x + 9, y + 8, None, LIGHT)
@@ -164,7 +169,8 @@ class Canvas:
             self.pen.polygon(zoomed(corners), colour if shape == "diamond" else None, colour, 2 * ZOOM)
 
     def legend(self, x, y, width, entries):
-        """Rows of (shape, colour, text) from (x, y) downwards, on each as many as fit. The last row's y."""
+        """Draws (shape, colour, text) entries in rows from (x, y) downwards -> the last row's y. A row
+        holds as many as fit."""
         across = 0
         for shape, colour, text in entries:
             if across and across + 54 + text_width(text) > width:
@@ -176,19 +182,20 @@ class Canvas:
 
 
 def class_legend(classes, palette):
-    """The entries of a legend: a swatch for each class, and what is ignored."""
+    """The entries of a legend: a swatch for each class, and one for ignored pixels."""
     entries = [("swatch", tuple(map(int, colour)), name) for colour, name in zip(palette, classes)]
     return entries + [("striped", None, "ignored")]
 
 
 def spread(wanted, sizes, low=-math.inf, high=math.inf):
-    """Centres of intervals of these sizes, moved apart as little as needed (least squares): none overlap.
+    """Moves intervals of these sizes apart until none overlap -> their centres. They move as little as
+    possible (least squares) from `wanted`, and stay between low and high if they fit.
 
-    Isotonic regression: a position less the sizes before it must not decrease. Neighbours where it would
-    share their mean. Where all fit between low and high they stay there."""
+    This is isotonic regression: let an interval's offset be its start minus the sizes before it. Offsets
+    must not decrease from interval to interval; neighbours whose offsets would decrease get their mean."""
     order = sorted(range(len(wanted)), key=lambda k: wanted[k])
     before = np.append(0, np.cumsum([sizes[k] for k in order]))
-    blocks = []                              # [sum, count] of positions less the sizes before
+    blocks = []                              # [sum of offsets, count] of neighbours with one offset
     for k, offset in zip(order, before):
         total, count = wanted[k] - sizes[k] / 2 - offset, 1
         while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
@@ -205,10 +212,10 @@ def spread(wanted, sizes, low=-math.inf, high=math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A plot: axes with round ticks, dots, lines
+# A plot: axes with ticks at round numbers, dots, lines
 
 def round_ticks(values, at_most=6, whole=False):
-    """Ticks 1, 2 or 5 times a power of ten apart that enclose the values; 0 to 1 where there are none."""
+    """Ticks that enclose the values, 1, 2 or 5 times a power of ten apart. Without values: 0 to 1."""
     values = [v for v in values if math.isfinite(v)] or [0, 1]
     low, high = min(values), max(values)
     if high - low <= 1e-6 * max(abs(low), abs(high)):     # one value, or all the same
@@ -222,7 +229,7 @@ def round_ticks(values, at_most=6, whole=False):
 
 
 class Plot:
-    """Axes on a canvas in box = (left, top, right, bottom), for the values given; x counts something."""
+    """Axes on a canvas in box = (left, top, right, bottom), for the given values. x is a whole number."""
 
     def __init__(self, canvas, box, xs, ys, xlabel, ylabel):
         self.canvas, (self.left, self.top, self.right, self.bottom) = canvas, box
@@ -256,7 +263,7 @@ class Plot:
                 self.canvas.mark(shape, colour, self.x(x), self.y(y), r)
 
     def line(self, points, shape, colour, width=2):
-        """shape: line or dashed. Interrupted where a value is not finite. A lone value is a dot."""
+        """shape: "line" or "dashed". A value that is not finite interrupts it. A single value is a dot."""
         pieces = [[]]
         for x, y in points:
             if math.isfinite(y):
@@ -271,7 +278,7 @@ class Plot:
 
 
 def running_mean(values, window):
-    """Mean of the last `window` values at each one, of fewer at the start. NaNs are left out."""
+    """At each value the mean of the last `window` values, at the start of fewer. NaNs are left out."""
     means = []
     for k in range(len(values)):
         finite = [v for v in values[max(0, k + 1 - window):k + 1] if math.isfinite(v)]
@@ -280,13 +287,13 @@ def running_mean(values, window):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Fig. 3: rewards. Fig. 4: what is sampled. Both from the lines of the search's log
+# Fig. 3: rewards. Fig. 4: what is sampled. Both are drawn from the search's log
 
-FEW = 50                                     # fewer candidates do not show what a controller has learned
+FEW = 50                                     # fewer candidates don't show what a controller has learned
 
 
 def outcome(entry):
-    """full, stopped (then its reward is the one half way) or failed."""
+    """"full", "stopped" (its reward is the half-way one) or "failed"."""
     if entry["status"] != "ok" or not math.isfinite(entry["reward"]):
         return "failed"
     return "stopped" if entry["stopped"] else "full"
@@ -302,8 +309,8 @@ SEARCHES = {                                 # the style of the mean, and a mark
 
 
 def rewards(log, random=()):
-    """Fig. 3: every candidate's reward, of the controller's search, the random one, or both. Stopped ones are
-    hollow, failed ones are crosses on the floor of the plot."""
+    """Fig. 3: the reward of every candidate of the controller's search, of random search, or of both.
+    Stopped candidates are hollow marks; failed ones are crosses at the bottom of the plot."""
     searches = {name: entries for name, entries in (("controller", log), ("random", random)) if entries}
     both = [*log, *random]
     good = [e for e in both if outcome(e) != "failed"]
@@ -347,8 +354,9 @@ def draw_search_in(plot, y, name, entries, style, marks):
 
 
 def sampled(log):
-    """What each candidate is made of: its 2L operations, its L aggregations, its locations that are inputs
-    (never none, as layer 0 samples inputs only). Three lists of lists of names."""
+    """The parts of each candidate, as three lists of lists of names: its 2L operations, its L aggregations,
+    and those of its locations that are inputs (there are always some, as layer 0 can sample nothing
+    else)."""
     operations, aggregations, inputs = [], [], []
     for entry in log:
         genotype = Genotype.from_tokens(entry["tokens"])
@@ -384,13 +392,14 @@ def sampling(log):
 
 
 def shares(plot, candidates, lines, styles):
-    """A panel of Fig. 4. Lines may lie on each other, so each has marks of its own, at places of its own.
+    """A panel of Fig. 4. Lines may cover each other, so each has marks at places of its own.
 
-    lines: {name: one value a candidate}. The names stand beside the lines' ends, moved apart."""
+    lines: {name: one value per candidate}. Each name stands beside the end of its line; names that would
+    overlap are moved apart."""
     canvas, count = plot.canvas, len(lines)
     equal = plot.y(100 / count)
     canvas.line([(plot.left, equal), (plot.right, equal)], GREY, 1, (2, 4))
-    if len(candidates) == 1:                 # a level line, so that it can be seen
+    if len(candidates) == 1:                 # drawn as a short level line
         candidates = [candidates[0] - 0.4, candidates[0] + 0.4]
         lines = {name: line * 2 for name, line in lines.items()}
     styles = [styles[k % len(styles)] for k in range(count)]
@@ -400,7 +409,7 @@ def shares(plot, candidates, lines, styles):
     places = spread(ends, [24] * count, plot.top - 12, plot.bottom + 12)
     for k, (name, line) in enumerate(lines.items()):
         shape, colour = styles[k]
-        at = np.arange(k + 0.5, 4 * count, count) / (4 * count)     # four marks, where no other line has one
+        at = np.arange(k + 0.5, 4 * count, count) / (4 * count)     # four marks at places of its own
         xs = candidates[0] + at * (candidates[-1] - candidates[0])
         plot.dots(zip(xs, np.interp(xs, candidates, line)), MARKS[k % len(MARKS)], colour, 4)
         # A thin line leads from the line's end to its name.
@@ -414,7 +423,7 @@ def shares(plot, candidates, lines, styles):
 # Training curves
 
 def curves(title, panels):
-    """Panels (what and unit, {network: [(epoch, value), ...]}) side by side, without the empty ones."""
+    """Panels side by side: (label of y, {network: [(epoch, value), ...]}). Empty ones are left out."""
     names = list(panels[0][1])
     styles = {name: STYLES[k % len(STYLES)] for k, name in enumerate(names)}
     panels = [(ylabel, lines) for ylabel, lines in panels if any(lines.values())]
@@ -433,7 +442,7 @@ def curves(title, panels):
 
 
 def series(epochs, key, unit=1):
-    """A history's values as points (epoch, value in that unit), where it has them."""
+    """The values of `key` in a history as points (epoch, value / unit)."""
     return [(entry["epoch"], entry[key] / unit) for entry in epochs if key in entry]
 
 
@@ -444,7 +453,7 @@ def examples(saved):
     """Rows of image, ground truth, baseline, cell, from the content of examples.pt."""
     images, *maps = (np.asarray(saved[key]) for key in ("images", "labels", "baseline", "cell"))
     rows, height, width = maps[0].shape
-    scale = 300 // width if width <= 150 else 320 / width                 # a small frame: a whole number
+    scale = 300 // width if width <= 150 else 320 / width                 # small: a whole number
     size = round(scale * width), round(scale * height)
     total, below = 4 * size[0] + 3 * 8, size[1] + 40
     entries = class_legend(saved["classes"], saved["palette"])
@@ -468,8 +477,8 @@ CONTACT_SHEET = "a contact sheet by data.py"              # is stored in the pic
 
 
 def contact_sheet(datasets, clips=3, frames=5, width=256):
-    """{split: dataset} -> a canvas: of each split some frames over its first clips, labels below, named at
-    the left; then the classes' colours."""
+    """{split: dataset} -> a canvas with some frames of the first clips of each split, labels below them,
+    the clip's name at the left; at the end the classes' colours."""
     margin, rows = 180, []
     for split, dataset in datasets.items():
         rows += [(split, dataset, clip) for clip in dataset.clips[:clips]]
@@ -499,7 +508,7 @@ def name_of(frame):
 
 
 def check_output(path):
-    """Raises InputError unless path ends in .png and is new, or is a contact sheet already."""
+    """Raises InputError unless path ends in .png and is new or an earlier contact sheet."""
     path = pathlib.Path(path)
     if path.suffix != ".png":
         raise InputError(f"--output {path}: must end in .png")
@@ -519,20 +528,23 @@ def check_output(path):
 # Fig. 7: a cell as a diagram
 
 OP, AGG, INPUT, OUTPUT = (116, 32), (116, 48), (124, 52), (170, 48)       # widths and heights of the boxes
-APART, GUTTER, LANE = 64, 64, 24             # an operation from its layer's middle; between rows; a line
+# APART: from a layer's middle to its operations; GUTTER: between rows; LANE: width of a passing line
+APART, GUTTER, LANE = 64, 64, 24
 
 
 def cell_layout(genotype):
-    """Where everything stands: boxes (x0, y0, x1, y1, kind, lines of text), edges (source, points, arrow?).
+    """Places a cell's boxes and lines -> boxes (x0, y0, x1, y1, kind, lines of text), and edges (source,
+    points, whether it ends in an arrow).
 
-    Row 0 holds the inputs, the last row the output. A layer, two operations over their aggregation, stands
-    one row below the deepest thing it samples. What is sampled further down passes the rows between in a lane
-    of its own. Curves run in the gutters between rows only: no line can cross a box, whatever the cell."""
+    Row 0 holds the inputs, the last row the output. A layer (two operations above their aggregation) stands
+    one row below the lowest of its two sources. A source that is sampled further down passes the rows
+    between in a lane of its own. Curves run only in the gutters between rows, so no line crosses a box in
+    any cell."""
     out = len(INPUTS) + len(genotype)
     takes = {len(INPUTS) + k: (layer.loc1, layer.loc2) for k, layer in enumerate(genotype)}
     takes[out] = tuple(genotype.output())
     depth = dict.fromkeys(range(len(INPUTS)), 0)
-    lowest = {}                              # the row where a source is last taken
+    lowest = {}                              # source: the last row that samples it
     for node, sources in takes.items():
         depth[node] = 1 + max(depth[s] for s in sources)
         for s in sources:
@@ -579,13 +591,13 @@ def cell_layout(genotype):
 
 
 def curve(x0, y0, x1, y1):
-    """A Bezier curve downwards, upright at both ends."""
+    """A Bezier curve downwards, vertical at both ends."""
     t = np.linspace(0, 1, 40)
     return list(zip(x0 + (x1 - x0) * t * t * (3 - 2 * t), y0 + (y1 - y0) * (1.5 * t * (1 - t) + t ** 3)))
 
 
 def cell(genotype, title):
-    """Fig. 7. Lines from an input have its colour, lines from a layer are black."""
+    """Fig. 7: a cell as a diagram. Lines from an input have its colour, lines from a layer are black."""
     boxes, edges = cell_layout(genotype)
     note = "operands of an aggregation from left to right; grey: an input that is not used, or zero"
     xs = [box[0] for box in boxes] + [box[2] for box in boxes]
@@ -617,12 +629,12 @@ def cell(genotype, title):
 # The run folder
 
 def content(path):
-    """A checkpoint's content, of a training that is finished or goes on; {} where there is no file."""
+    """The content of a checkpoint, finished or not; {} if there is no file."""
     return load(path) if path.exists() else {}
 
 
 def candidates(path):
-    """The entries of a search's log, by number: several processes write them as they come."""
+    """The entries of a search's log, sorted by candidate: several processes may write them in any order."""
     return sorted(read_log(path).values(), key=lambda entry: entry["candidate"])
 
 
@@ -650,14 +662,15 @@ def draw_finetune(folder):
     alone, whole, genotypes = {}, {}, {}
     for name in names:
         first, last = content(folder / f"{name}-alone.pt"), content(folder / f"{name}.pt")
-        # A history has the loss of a sequence: of all its frames but the first, or of all.
+        # Histories hold losses per sequence, summed over all frames but the first (alone) or over all
+        # frames (end to end).
         alone[name] = whole[name] = []
         if first:
             alone[name] = series(first["history"], "loss", first["recipe"]["sequence_length"] - 1)
         if last:
             whole[name] = series(last["history"], "loss", last["recipe"]["sequence_length"])
         text = last.get("genotype") or first.get("genotype")
-        if text not in (None, "decoder", *genotypes.values()):            # other seeds have the same cell
+        if text not in (None, "decoder", *genotypes.values()):            # not for another seed's same cell
             genotypes[name] = text
     panels = [("loss per frame: cell alone", alone), ("loss per frame: end to end", whole)]
     if any(alone.values()) or any(whole.values()):
@@ -682,8 +695,8 @@ STAGES = {"pretrain": draw_pretrain, "search": draw_search, "finetune": draw_fin
 
 
 def draw(folder, stage=None, again=True):
-    """Draws every figure whose input is in the run's folder, or those of one stage. Returns the paths.
-    again=False: only those that are missing. Raises InputError naming a file that can't be read."""
+    """Draws every figure whose input is in the run's folder, or those of one stage -> the paths.
+    again=False draws only missing figures. Raises InputError naming a file that can't be read."""
     folder, written = pathlib.Path(folder), []
     for name in [stage] if stage else STAGES:
         for figure, canvas in STAGES[name](folder):
@@ -699,8 +712,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m util.figures",
         description="Draws Figs. 3, 4, 5 and 7 and the training curves of runs of train.py into "
-                    "RUN/figures, as far as their files are there. Takes seconds.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, as runs/synthetic")
+                    "RUN/figures, as far as the runs have made their inputs. Takes seconds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/synthetic")
     for folder in parser.parse_args(arguments).runs:
         if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder; python -m util.figures RUN draws a run of train.py")

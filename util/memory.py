@@ -1,4 +1,4 @@
-"""How much memory a recipe needs, said beforehand, and what to do when there is too little."""
+"""Estimates the memory that a recipe needs, and says what to do if there is too little."""
 import contextlib
 import os
 import pathlib
@@ -17,15 +17,17 @@ REMEDY = {
     "predict": "give smaller frames, or pass --device cpu if that has more",
 }
 
-# Bytes a pixel of a training step in float32 (bf16 takes 0.6 of it): the highest resident memory less that
-# before, on a CPU, of 2 and 4 images of 320x320; of as many sequences of three with `attention`; and of 8 and
-# 16 sequences of 480x384 of stored outputs with the cell that needs most, per frame after the first.
+# Bytes per pixel of a training step in float32; bf16 takes 0.6 of them. Measured on a CPU, as the peak of
+# the resident memory minus that before the step. STATIC: 2 and 4 images of 320x320. END_TO_END: as many
+# sequences of three, with `attention`. CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell
+# that needs most, per frame after the first.
 STATIC, END_TO_END, CELL = 3100, 2600, 600
 
 
 @contextlib.contextmanager
 def told(stage, device):
-    """Around a stage: out of memory becomes an InputError that names the flags that help."""
+    """A context for a stage: turns an out-of-memory error into an InputError that names the flags that
+    help."""
     try:
         yield
     except Exception as error:
@@ -37,18 +39,18 @@ def told(stage, device):
 
 
 def needed(recipe, half):
-    """{stage: bytes} of a training step."""
+    """{stage: bytes} that a training step needs. half: whether it runs in bf16."""
     r, share = recipe, 0.6 if half else 1.0
     size = getattr(data.DATASETS[r.dataset], "SIZE", (r.input_crop, r.input_crop))
     height, width = (max(r.input_pad, min(r.input_crop, side)) for side in size)
-    later = r.sequence_length - 1            # frames of a sequence that a cell sees
+    later = r.sequence_length - 1            # frames of a sequence on which the cell runs
     return {"pretrain": share * STATIC * r.static_batch * r.static_crop[0] * r.static_crop[1],
             "search": share * CELL * r.search_batch * later * height * width,
             "finetune": share * END_TO_END * r.cell_batch * r.sequence_length * r.end_crop[0] * r.end_crop[1]}
 
 
 def there(device):
-    """Bytes of the device's memory, or None where that is not known."""
+    """Bytes of memory that the device has, on a GPU those that are free. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -56,15 +58,15 @@ def there(device):
     sizes = []
     with contextlib.suppress(ValueError, OSError, AttributeError):
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(ValueError, OSError):                # a container may have less; "max" if not
+    with contextlib.suppress(ValueError, OSError):                # a container's limit; "max": no limit
         sizes.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(sizes, default=None)
 
 
 def warn(run, stages):
-    """One line for a stage that will need more than there is. An estimate, so it stops nothing."""
+    """Prints a line for each stage that needs more memory than there is. An estimate: it stops nothing."""
     half, has = not isinstance(run.autocast(), contextlib.nullcontext), there(run.device)
     for stage, need in needed(run.recipe, half).items():
         if stage in stages and has and need / run.world > has:
-            print(f"{stage}: will need about {need / 1e9:.0f} GB, {run.device} has {has / 1e9:.0f} GB; "
+            print(f"{stage}: will need about {need / 1e9:.0f} GB, but {run.device} has {has / 1e9:.0f} GB; "
                   f"{REMEDY[stage]}, or take --schedule short")

@@ -1,4 +1,4 @@
-"""The command line: a flag a field of the recipe; checks of what was typed, before any work."""
+"""The command line: one flag per field of the recipe, and checks of all values before any work."""
 import argparse
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_
                "end_epochs")
 BELOW_ONE = ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum",
              "cell_dropout")
-FOR_PREDICT = {"input": None, "output": None, "network": None, "key_frame_every": 0}      # and their defaults
+FOR_PREDICT = {"input": None, "output": None, "network": None, "key_frame_every": 0}      # flag: default
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,22 +35,23 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments, Recipe, recipe_for, stages, description):
     """The command line -> a namespace with its flags, the run's folder, its recipe and the stages to do.
 
-    Raises InputError for what can't work, naming the flag."""
+    Raises InputError naming a flag that can't work."""
     parser = Parser(description=description.split("Read it")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
-                        help="defaults of the recipe: the paper's (default for camvid, cityscapes), cut to a "
-                             "CPU (default for synthetic), or only to see that it runs")
+                        help="defaults of the recipe. paper: the paper's (default for camvid, cityscapes); "
+                             "short: made smaller for a CPU (default for synthetic); smoke: only shows "
+                             "that everything runs")
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
     parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
-    parser.add_argument("--stage", choices=[*stages, "predict"], help="this stage only")
-    parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best there is)")
+    parser.add_argument("--stage", choices=[*stages, "predict"], help="run only this stage")
+    parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best that is available)")
     own = parser.add_argument_group("--stage predict")
     own.add_argument("--input", help="a folder of frames (.png, .jpg, in numeric order), an animated GIF, "
                                      "WebP or APNG, or one image")
     own.add_argument("--output", help="folder for label maps, overlays and the animation")
     own.add_argument("--network", help="static, baseline, cell-0, ..., or a checkpoint's path (default: "
-                                       "the cell best on val)")
+                                       "the cell with the best mIoU on val)")
     own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
                      help="static network on every Nth frame; 0 (default): on the first only")
     fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
@@ -79,9 +80,9 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     command.given, command.run = given, pathlib.Path(command.run or f"runs/{dataset}")
     command.stages = [command.stage] if command.stage else list(stages)
     path = command.run / "recipe.json"
-    if command.stage == "predict":           # the checkpoint says the rest
+    if command.stage == "predict":           # the rest comes from the checkpoint
         command.recipe = recipe_for(**{"dataset": dataset, "schedule": command.schedule or "paper", **given})
-    elif command.stage and not command.schedule and path.exists():        # it takes what the folder says
+    elif command.stage and not command.schedule and path.exists():        # one stage: the folder's recipe
         command.recipe = dataclasses.replace(as_recipe(load(path), path, Recipe), **given)
     else:
         schedule = command.schedule or ("short" if dataset == "synthetic" else "paper")
@@ -92,7 +93,7 @@ def parse(arguments, Recipe, recipe_for, stages, description):
 
 
 def check_flags(command):
-    """Raises InputError for a flag that is missing, or that does nothing in this call."""
+    """Raises InputError for a flag that is missing, or that has no effect in this call."""
     if command.stage == "predict":
         if not command.input or not command.output:
             raise InputError("--input and --output: needed for --stage predict")
@@ -108,11 +109,13 @@ def check_flags(command):
         raise InputError("--data: does nothing with the synthetic videos, which are drawn; name its "
                          "--dataset, camvid or cityscapes, or leave it out")
     if command.recipe.latency_target and not command.recipe.latency_weight:
-        raise InputError("--latency-target: does nothing without --latency-weight; give that or leave it out")
+        raise InputError("--latency-target: does nothing without --latency-weight; add that or leave it "
+                         "out")
 
 
 def as_recipe(saved, path, Recipe):
-    """A saved recipe. Raises InputError naming the fields when another version of this program wrote it."""
+    """A Recipe from a saved dict. Raises InputError naming the fields if another version of this program
+    wrote it."""
     known = {field.name for field in dataclasses.fields(Recipe)}
     if not isinstance(saved, dict) or saved.keys() != known:
         names = ", ".join(sorted(known ^ set(saved)))
@@ -124,7 +127,7 @@ def as_recipe(saved, path, Recipe):
 
 
 def check(recipe):
-    """Raises InputError for a value that can't work, naming the flag."""
+    """Raises InputError naming the flag whose value can't work."""
     for name, value in dataclasses.asdict(recipe).items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (bool, str)):
@@ -136,47 +139,47 @@ def check(recipe):
         if name in BELOW_ONE and value >= 1:
             raise InputError(f"{flag(name)} {value}: must be below 1")
         if name in ("static_batch", "search_batch", "cell_batch") and value < 2:
-            raise InputError(f"{flag(name)} {value}: must be 2 or more, gap's batch norm has one value an "
-                             "image")
+            raise InputError(f"{flag(name)} {value}: must be 2 or more, as the batch norm of gap has only "
+                             "one value per image")
         if name in ("static_scale", "end_scale") and value[0] > value[1]:
-            raise InputError(f"{flag(name)} {value}: the first must not be above the second")
+            raise InputError(f"{flag(name)} {value}: the first number must not be above the second")
     if not recipe.key_frames:
-        raise InputError("--key-frames: must have one distance or more")
+        raise InputError("--key-frames: must have one value or more")
     if not recipe.cells and not recipe.cell:
-        raise InputError("--cells 0: then --cell must name a cell, or there is none to train")
+        raise InputError("--cells 0: there is no cell to train; name one by --cell")
     if recipe.sequence_length < 2:
-        raise InputError(f"--sequence-length {recipe.sequence_length}: a cell needs a frame before, so 2 or "
-                         "more")
+        raise InputError(f"--sequence-length {recipe.sequence_length}: must be 2 or more, as a cell needs "
+                         "a previous frame")
 
 
 def find_data(run):
-    """Fetches the data if it can be and looks at what is there, before anything is written: InputError with
-    all problems."""
+    """Downloads the data if needed and possible, and checks it before anything is written. Raises one
+    InputError with all problems."""
     dataset, length = datasets.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
         download.fetch(dataset, run.root)
     run.wait()
     try:
         splits = data.each(run.dataset, run.splits)
-    except InputError:                       # the rest is looked at as well, so that all is said at once
+    except InputError:                       # check the files, too, so that one message names all problems
         data.each(run.frames, run.splits)
         raise
     count = len(data.sequences(splits["train"].clips, length))
     if not count:
-        raise InputError(f"--sequence-length {length}: no {run.recipe.dataset} clip has so many frames in a "
-                         "row that end with a labelled one")
+        raise InputError(f"--sequence-length {length}: no clip of {run.recipe.dataset} has so many "
+                         "consecutive frames, the last one labelled")
     if count < 2 * run.world:
         raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each "
-                         "process needs two, gap's batch norm has one value an image")
+                         "process needs two, as the batch norm of gap has only one value per image")
 
 
 def check_folder(run):
-    """Raises InputError when something in the run's folder was made with another recipe, naming file and
-    field."""
+    """Raises InputError if a file in the run's folder was made with another recipe, naming the file and the
+    fields."""
     for path in sorted(run.folder.glob("*.pt")):
         if path.name.endswith(".partial.pt"):
-            raise InputError(f"{path}: of an earlier version, which this one can't continue; use another "
-                             "--run")
+            raise InputError(f"{path}: made by an earlier version, which this one can't continue; use "
+                             "another --run")
         if path.name != "examples.pt":
             run.checkpoint(path.stem)
     for name, _, _ in SEARCHES.values():
@@ -186,7 +189,7 @@ def check_folder(run):
 
 @contextlib.contextmanager
 def open_run(command):
-    """The run of a command: its data is looked at, its folder checked and locked."""
+    """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data or f"data/{command.recipe.dataset}", command.device)
     run.join()
     find_data(run)
@@ -203,8 +206,7 @@ def open_run(command):
         print(f"{run.folder}: {run.recipe.dataset} on {run.device}, {threads}")
         if run.world > run.recipe.controller_rollout and "search" in command.stages:
             print(f"search: a round has {run.recipe.controller_rollout} candidates for {run.world} "
-                  f"processes, so some "
-                  f"wait; --controller-rollout {run.world} gives each one")
+                  f"processes, so some wait; --controller-rollout {run.world} gives one to each")
         memory.warn(run, command.stages)
         yield run
     if run.world > 1:

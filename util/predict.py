@@ -1,6 +1,6 @@
-"""One's own video: label maps, overlays and an animation, by a network that was trained before.
+"""--stage predict: label maps, overlays and an animation of a video of yours, by a trained network.
 
-In the order of the file: the frames, the network, the work."""
+In the order of the file: the frames, the network, the prediction."""
 import collections
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ from util.memory import told
 from util.progress import Progress
 from util.runs import best_device, fill, flag, load, save
 
-ANIMATION = 100, 480                         # frames and width, at most, of the animation, made in memory
+ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
 VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".split()
 
 
@@ -32,32 +32,32 @@ VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".spl
 # The frames
 
 Video = collections.namedtuple("Video", "names durations size read digest")
-# size: (width, height); read(start): a generator of (H, W, 3) uint8 from frame `start` on, one at a time in
-# memory; durations in ms; digest: of the frames' names and the files' sizes
+# names and durations (ms) of the frames; size: (width, height); read(start): yields frames (H, W, 3) uint8
+# from number `start` on, one at a time in memory; digest: a hash of the files' names and sizes
 
 
 def open_video(source):
     """A folder of frames in numeric order, an animated GIF, WebP or APNG, or one image -> Video.
 
-    Every frame is looked at; InputError names all that can't be used."""
+    Every frame is checked. Raises InputError naming all that can't be used."""
     source = pathlib.Path(source)
     if source.is_dir():
         return open_folder(source)
     if is_video(source):
-        raise InputError(f"{source}: is a video; make frames of it, mkdir frames; ffmpeg -i {source} "
-                         "frames/%06d.png, and pass --input frames")
+        raise InputError(f"{source}: is a video; extract its frames (mkdir frames; ffmpeg -i {source} "
+                         "frames/%06d.png) and pass --input frames")
     formats = (*data.FORMATS, "GIF", "WEBP")
-    data.read_image(source, formats)                              # says what is wrong with it
+    data.read_image(source, formats)                              # raises InputError if it is broken
     animation, durations = Image.open(source, formats=formats), []
 
     def read(start=0):
         several = getattr(animation, "n_frames", 1) > 1
-        if not several or animation.format == "MPO":              # a phone's: the second is a preview
+        if not several or animation.format == "MPO":              # a phone's photo with a preview
             yield data.read_image(source, formats)
             return
         for k, frame in enumerate(ImageSequence.Iterator(animation)):
             pixels = np.array(frame.convert("RGB"))
-            durations[k:] = [frame.info.get("duration") or 100]   # WebP says it when it has been decoded
+            durations[k:] = [frame.info.get("duration") or 100]   # WebP knows it after decoding
             if k >= start:
                 yield pixels
     count = 0
@@ -66,7 +66,7 @@ def open_video(source):
             count += 1
     except Exception as error:               # Pillow's decoders raise many kinds
         reason = data.brief(error)
-        raise InputError(f"{source}: frame {count} cannot be decoded ({reason}); make it anew") from None
+        raise InputError(f"{source}: frame {count} cannot be decoded ({reason}); create it again") from None
     names = [source.stem] if count == 1 else [f"{source.stem}_{k:05d}" for k in range(count)]
     return Video(names, durations or [100], image.shape[1::-1], read, digest_of([source]))
 
@@ -78,10 +78,10 @@ def open_folder(folder):
             (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
     if not paths:
         for path in filter(is_video, others):
-            return open_video(path)                               # says what to do with it
+            return open_video(path)                               # raises InputError with the remedy
         raise InputError(f"{folder}: holds no .png or .jpg; --input is a folder of frames, an animation or "
                          "one image")
-    sizes, problems, names, progress = {}, [], {}, Progress("looking at the frames", len(paths))
+    sizes, problems, names, progress = {}, [], {}, Progress("checking the frames", len(paths))
     for k, path in enumerate(paths):
         other = names.setdefault(path.stem, path)
         if other != path:
@@ -96,11 +96,11 @@ def open_folder(folder):
     for path, size in sizes.items():
         if size != usual:
             problems.append(f"{path}: {size[0]} x {size[1]}, most others {usual[0]} x {usual[1]}; the "
-                            "frames of a video must have one size")
+                            "frames of a video must have the same size")
     if problems:
         raise InputError(*problems)
     if others:
-        print(f"predict: {len(others)} other files of {folder} are passed over, {others[0].name} for one")
+        print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
 
     def read(start=0):
         return map(data.read_image, paths[start:])
@@ -108,13 +108,13 @@ def open_folder(folder):
 
 
 def numeric(path):
-    """frame2 before frame10."""
+    """A sort key that puts frame2 before frame10."""
     parts = re.split(r"(\d+)", path.stem)                         # every second one is a number
     return [int(part) if k % 2 else part for k, part in enumerate(parts)], path.name
 
 
 def is_video(path):
-    """By name or by content: MP4 and MOV, Matroska and WebM, AVI."""
+    """Whether a file is a video, by its name or its content (MP4, MOV, Matroska, WebM, AVI)."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(12)
         return (path.suffix.lower() in VIDEOS or head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
@@ -131,7 +131,8 @@ def digest_of(paths):
 # The network
 
 def find_network(run, network):
-    """The path of a checkpoint: a file anywhere, or a name in the run's folder; None: the run's best."""
+    """The path of a checkpoint. network: a name in the run's folder, the path of any file, or None for the
+    run's best network. Raises InputError if there is no such file."""
     there = []
     for path in sorted(run.glob("*.pt")):
         if path.stem not in ("controller", "examples") and not path.stem.endswith("-alone"):
@@ -145,25 +146,26 @@ def find_network(run, network):
         return run / f"{network}.pt"
     if pathlib.Path(network).is_file():
         return pathlib.Path(network)
-    listed = f"there are {', '.join(there)}" if there else "no network is there, so train one, or pass --run"
+    listed = f"there are {', '.join(there)}" if there else "it has no network, so train one or pass --run"
     raise InputError(f"{run / network}.pt: no such file; {listed}; --network takes a checkpoint's path, too")
 
 
 def open_network(path, command):
-    """A checkpoint -> network, its classes, palette, recipe (a dict) and the frame size it knows, or None.
+    """A checkpoint -> the network, its classes, palette, recipe (a dict) and the size (H, W) of the frames
+    that it was trained on, or None if unknown. Raises InputError.
 
-    The checkpoint is enough: it holds its recipe, and the classes and their colours."""
+    No other file is needed: the checkpoint holds its recipe, the classes and their colours."""
     saved = weights.read(path, "--network takes a network trained by this program")
     if not isinstance(saved, dict) or "static" not in saved:
         raise InputError(f"{path}: holds no network; --network takes static, baseline, a cell, or a "
                          "checkpoint's path")
     if "optimizers" in saved:
-        raise InputError(f"{path}: is not finished; the command that began it continues")
+        raise InputError(f"{path}: is not finished; run the command that started it again")
     recipe = saved.get("recipe") or {}
     name = recipe.get("dataset", command.given.get("dataset"))
     kind = data.DATASETS.get(name)
     if "classes" not in saved and kind is None:
-        raise InputError(f"{path}: says nothing of its classes; name its dataset by --dataset "
+        raise InputError(f"{path}: doesn't name its classes; give its dataset by --dataset "
                          f"{'|'.join(data.DATASETS)}")
     check_flags(path, recipe, command)
     classes, palette = saved.get("classes") or kind.classes, saved.get("palette")
@@ -180,21 +182,21 @@ def open_network(path, command):
 
 
 def check_flags(path, recipe, command):
-    """Raises InputError for a flag of another recipe: it would do nothing."""
+    """Raises InputError for a recipe's flag that differs from the checkpoint's: it would do nothing."""
     asked = vars(command.recipe) if command.schedule else command.given
     for name, value in json.loads(json.dumps(asked)).items():
         there = json.loads(json.dumps(recipe)).get(name, value)
         if there != value and name != "encoder_weights":
-            raise InputError(f"{flag(name)} {value}: does nothing with --stage predict, {path} was made "
+            raise InputError(f"{flag(name)} {value}: does nothing with --stage predict; {path} was made "
                              f"with {there}")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The work
+# The prediction
 
 def predict(command):
-    """Label maps, overlays and one animation of a video. Memory doesn't grow with its length. The same
-    command again does what is missing."""
+    """Writes label maps, overlays and one animation of a video. Memory doesn't grow with its length. If it
+    was interrupted, the same command writes what is missing."""
     path, every = find_network(command.run, command.network), command.key_frame_every
     network, classes, palette, recipe, size = open_network(path, command)
     video, output = open_video(command.input), pathlib.Path(command.output)
@@ -205,14 +207,15 @@ def predict(command):
     frames = f"{len(video.names)} frames" if len(video.names) > 1 else "1 frame"
     print(f"predict: {frames} by {path.stem}, key frame {distance(every)}, {width} x {height}{there}")
     if size and not 1 / 2 <= min(video.size) / min(size) <= 2:
-        print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; on others it guesses, "
-              "so resize them to about that")
+        print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; it is "
+              "unreliable on such different ones, so resize them to about that")
     write_classes(output, classes, palette)
     ids = None
     if list(classes) == data.CityScapes.classes:                  # for its evaluation server
         ids = np.array(data.CityScapes.EVALUATED, np.uint8)
         (output / "labelIds").mkdir(exist_ok=True)
-    # The state of the frame before is made again from the last key frame: those frames are not written.
+    # A cell needs the previous frame's state. It is computed again from the last key frame on, without
+    # writing those frames again.
     start = done if network.cell is None else done - done % every if every else 0
     progress, since, state = Progress("predict", len(video.names), done=start), time.time(), None
     images = video.read(start) if done < len(video.names) else ()
@@ -227,7 +230,7 @@ def predict(command):
                 figures.save_png(output / "labelIds" / name, Image.fromarray(ids[labels]))
             overlaid = Image.fromarray(figures.overlay(image, labels, palette))
             figures.save_png(output / "overlay" / name, overlaid, "an overlay")
-            figures.save_indexed(output / "labels" / name, labels, palette)       # the last of a frame
+            figures.save_indexed(output / "labels" / name, labels, palette)       # last: the frame is done
         progress.update(k + 1, frames_per_second=(k + 1 - start) / (time.time() - since))
     rare = animate(output, video)
     folders = "labels/ (indexed PNG, class numbers), " + ("labelIds/, " if ids is not None else "")
@@ -235,8 +238,8 @@ def predict(command):
 
 
 def begin(output, work, names, path):
-    """Makes the folder; the number of frames that are done in it, if it is this work's. Nothing else is
-    written over."""
+    """Makes the output folder -> the number of frames that an earlier call of the same work has finished.
+    Raises InputError if the folder holds anything else, so nothing is overwritten."""
     record = output / "predict.json"
     if record.exists() and load(record) != work:
         raise InputError(f"{output}: holds a prediction of other frames or by another network than {path}; "
@@ -253,7 +256,7 @@ def begin(output, work, names, path):
 
 
 def write_classes(output, classes, palette):
-    """classes.json and legend.png: what the numbers and the colours of the label maps are."""
+    """Writes classes.json and legend.png, which explain the numbers and colours of the label maps."""
     colours = [[int(part) for part in colour] for colour in palette]
     rows = [{"value": k, "name": name, "colour": colours[k]} for k, name in enumerate(classes)]
     save(output / "classes.json", rows)
@@ -263,7 +266,7 @@ def write_classes(output, classes, palette):
 
 
 def animate(output, video):
-    """overlay.webp of the overlays, in the input's timing; what is to be said of it."""
+    """Writes overlay.webp from the overlays, in the input's timing -> a remark if frames are left out."""
     skip, frames, durations = math.ceil(len(video.names) / ANIMATION[0]), [], []
     for k in range(0, len(video.names), skip):
         frame = Image.open(output / "overlay" / f"{video.names[k]}.png")

@@ -1,15 +1,15 @@
-"""One line of progress, for everything that takes long."""
+"""One line of progress, for everything that takes a long time."""
 import sys
 import time
 
 
 class Progress:
-    """One line of progress: rewritten on a terminal, else a plain line now and then.
+    """One line of progress. On a terminal it is rewritten; otherwise a new line appears every 30 seconds.
 
-    total: steps in all, 0 if that is unknown; done: steps made before. The first line that says how long
-    the stage will take on this device comes after 20 seconds, when that has been measured."""
+    total: number of all steps, 0 if unknown; done: steps made before. After 20 seconds one line estimates
+    how long the rest will take on this device."""
 
-    stage = ""                               # "[2/4] " while a command of several stages works
+    stage = ""                               # "[2/4] " in stage 2 of a command with four stages
 
     def __init__(self, title, total, done=0, unit=""):
         self.title, self.total, self.first, self.unit = title, total, done, unit
@@ -32,12 +32,12 @@ class Progress:
             self.say(text, end="" if self.tty and done != self.total else "\n")
 
     def show(self, done, total):
-        """update() for what knows the total only when it has begun."""
+        """update() for work whose total is known only after it has begun."""
         self.total = total
         self.update(done)
 
     def say(self, text, end="\n"):
-        """A line of its own, over the line of progress."""
+        """Prints a line in place of the line of progress."""
         print(("\r\033[K" if self.tty else "") + text.rstrip(), end=end, flush=True)
 
 

@@ -1,15 +1,15 @@
-"""A run's folder. A run may be killed anywhere and goes on to the same numbers; torchrun's processes share
-it.
+"""A run's folder: a run that was killed at any point continues from it, to the same numbers. torchrun's
+processes share the folder.
 
-Nothing here is in the paper. train.py uses these words of it:
+Nothing here is in the paper. train.py uses these functions:
 
     run.epochs(name, count, parts, optimizers)   the epochs of a training that are still to do
     epoch.batches(items, size)                   shuffled batches of 0..items-1, and the share that is done
-    epoch.log(loss)                              the loss of a step
-    run.log(name)                                the log of a search, a line a candidate
-    log.misses(k)                                whether candidate k is to be trained here
+    epoch.log(loss)                              records the loss of a step
+    run.log(name)                                the log of a search: one line per candidate
+    log.misses(k)                                whether candidate k is to be trained by this process
     log.candidate(k, genotype)                   writes its line; NaN and out of memory give reward 0
-    run.finished(name), run.load(name)           whether a training is done, and its network
+    run.finished(name), run.load(name)           whether a training is finished; its network
 
 In the order of the file: files, progress, trainings, the search's log, the run itself.
 """
@@ -39,11 +39,12 @@ from util import datasets, weights
 from util.cells import as_text, make_cell
 from util.progress import Progress
 
-SAVE_SECONDS = 60                            # between checkpoints of a training, each made after an epoch
+SAVE_SECONDS = 60                            # least time between checkpoints, which are made after epochs
 
 
 def generator(*key):
-    """A random generator for (seed, what it is for, ...): what one stage draws never depends on another."""
+    """A random generator for a key (seed, purpose, ...). Different keys give independent random numbers, so
+    no stage's draws depend on another stage."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -52,8 +53,8 @@ def generator(*key):
 # Files
 
 def save(path, content):
-    """Writes beside, flushes, renames: a file is whole or not there. Tensors and plain values, or JSON by
-    name."""
+    """Writes a temporary file, flushes it and renames it, so that a file is complete or absent. A path that
+    ends in .json gets JSON, any other what torch.save writes."""
     path = pathlib.Path(path)
     beside, whole = path.with_name(path.name + ".writing"), io.BytesIO()
     if path.suffix == ".json":
@@ -66,13 +67,13 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:                          # a full disk: what was there before stays
+    except OSError:                          # a full disk: the previous file is kept
         beside.unlink(missing_ok=True)
         raise
 
 
 def load(path):
-    """What save() wrote. Raises InputError naming the file."""
+    """The content that save() wrote. Raises InputError naming the file if it can't be read."""
     path = pathlib.Path(path)
     try:
         if path.suffix == ".json":
@@ -86,7 +87,7 @@ def load(path):
 
 
 def fill(module, state, path):
-    """load_state_dict, strictly. Raises InputError naming the file when it is the state of something else."""
+    """load_state_dict (strict). Raises InputError naming the file when it holds another network's state."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -96,15 +97,16 @@ def fill(module, state, path):
 
 
 def read_log(path, cut=False):
-    """The log of a search, JSON lines -> {candidate: entry}, in the file's order; {} where there is no file.
+    """The log of a search, in JSON lines -> {candidate: entry} in the file's order; {} if there is no file.
 
-    A torn last line (the machine stopped while it was written) does not count; cut=True removes it from the
-    file. Its candidate is trained again, to the same entry."""
+    An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
+    the file. Its candidate is trained again, with the same result. Raises InputError for any other bad
+    line."""
     if not path.exists():
         return {}
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
     if torn and cut:
-        print(f"{path}: the last line is torn, cut off")
+        print(f"{path}: the last line is incomplete and was removed")
         with open(path, "r+b") as file:
             file.truncate(len(whole + newline))
     log = {}
@@ -115,8 +117,8 @@ def read_log(path, cut=False):
                 raise ValueError
             log[entry["candidate"]] = entry
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{path}: a line is no candidate's, or a candidate has two; restore it or use "
-                         "another --run") from None
+        raise InputError(f"{path}: a line is not a candidate's, or a candidate has two lines; restore the "
+                         "file or use another --run") from None
     return log
 
 
@@ -128,21 +130,22 @@ def flag(name):
 
 
 def fields_of(recipe, stage):
-    """The names of the fields on which a result of this stage depends: those of its class in train.py,
-    inherited ones included."""
+    """The names of the fields on which a result of this stage depends: those of its class in train.py and
+    of that class's parents."""
     kind = next(kind for kind in type(recipe).__mro__ if kind.__name__ == stage)
     return [field.name for field in dataclasses.fields(kind)]
 
 
 def check_recipe(path, saved, recipe, stage):
-    """Raises InputError unless what `path` holds, made with the recipe `saved`, a dict, can be used here."""
+    """Raises InputError unless the file `path`, made with the recipe `saved` (a dict), can be used with the
+    present recipe in this stage."""
     names = fields_of(recipe, stage)
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))              # tuples become lists, as in a file
     saved = json.loads(json.dumps(saved)) if isinstance(saved, dict) else {}
     if missing := [name for name in names if name not in saved]:
         raise InputError(f"{path}: made by another version, which had no {', '.join(missing[:6])}; use "
                          "another --run")
-    names = [name for name in names if name not in weights.FILES]         # by content, in Run.check_source
+    names = [name for name in names if name not in weights.FILES]         # Run.check_source compares these
     if differing := [name for name in names if saved[name] != now[name]]:
         there = "; ".join(f"{name} {saved[name]!r} there, {now[name]!r} now" for name in differing[:6])
         more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
@@ -151,7 +154,7 @@ def check_recipe(path, saved, recipe, stage):
 
 
 def stage_of(name):
-    """The class of the fields on which NAME.pt depends."""
+    """The name of the class in train.py whose fields NAME.pt depends on."""
     if name.endswith("-alone"):
         return "ForCell"
     return {"static": "ForPretrain", "controller": "ForSearch"}.get(name, "ForEndToEnd")
@@ -165,7 +168,7 @@ class NotFinite(InputError):
 
 
 def check_finite(losses, where):
-    """A list of losses, scalar tensors or numbers -> floats. Raises NotFinite."""
+    """A list of losses, scalar tensors or numbers -> floats. Raises NotFinite if one is NaN or infinite."""
     values = [float(loss) for loss in losses]
     for value in values:
         if not math.isfinite(value):
@@ -174,18 +177,18 @@ def check_finite(losses, where):
 
 
 def batches(items, size, rng):
-    """Shuffled numbers 0..items-1 in batches. [ours] A smaller last one is dropped: its batch norms are
-    noisier."""
+    """The numbers 0..items-1, shuffled, in batches. [ours] A smaller last batch is dropped, as its batch
+    norms would be noisier."""
     size = min(size, items)
     return torch.randperm(items, generator=rng)[:items // size * size].split(size)
 
 
 def average_gradients(optimizers):
-    """Of torchrun's processes, each of which has the gradient of its share of the batch."""
+    """Averages the gradients of torchrun's processes, each of which has its own share of the batch."""
     gradients = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            gradients += [p.grad for p in group["params"] if p.grad is not None]      # None in all processes
+            gradients += [p.grad for p in group["params"] if p.grad is not None]      # or in no process
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
@@ -194,8 +197,8 @@ def average_gradients(optimizers):
 
 
 class Epoch:
-    """One epoch of a training. Every random choice in it comes from (seed, name, index): it can be made
-    again."""
+    """One epoch of a training. All its random choices come from (seed, name, index), so an interrupted
+    epoch can be repeated exactly."""
 
     def __init__(self, run, name, index, count):
         self.run, self.name, self.index, self.count = run, name, index, count
@@ -203,11 +206,11 @@ class Epoch:
         self.losses, self.entry, self.start = [], {"epoch": index + 1}, time.time()
 
     def batches(self, items, size):
-        """This process's share of each batch of 0..items-1, and the share of the whole training that is
-        done."""
+        """Yields this process's part of each batch of 0..items-1, and the share of the whole training that
+        is done before it."""
         seed, rank, world = self.run.recipe.seed, self.run.rank, self.run.world
         shuffled = batches(items, size, self.rng)
-        if rank:                                                  # the same batches, but other augmentation
+        if rank:                                                  # the same batches, different augmentation
             self.rng = generator(seed, self.name, self.index, rank)
         torch.manual_seed(generator(seed, self.name, self.index, rank, "dropout").initial_seed())
         total, first = self.count * len(shuffled), self.index * len(shuffled)
@@ -215,21 +218,21 @@ class Epoch:
             self.run.progress = Progress(self.name, total, done=first)
         for k, batch in enumerate(shuffled):
             yield batch[rank::world], (first + k) / total
-            if k % 10 == 9 or first + k + 1 == total:             # a look at the loss makes a GPU wait
+            if k % 10 == 9 or first + k + 1 == total:             # reading the loss makes a GPU wait
                 loss = check_finite(self.losses[-1:], self.name)[0] if self.losses else math.nan
                 self.run.progress.update(first + k + 1, epoch=self.index + 1, loss=loss)
 
     def log(self, loss):
-        """The loss of a step. It is looked at after the epoch, before anything is saved."""
+        """Records the loss of a step. It is checked after the epoch, before anything is saved."""
         self.losses.append(loss.detach())
 
     def due(self, every):
-        """True in the process that reports, in every nth epoch and in the last one; every = 0: never."""
+        """True in rank 0, in every nth epoch (n = every) and in the last one; every = 0: never."""
         nth = every and (self.index + 1) % every == 0
         return bool(every) and self.run.rank == 0 and (bool(nth) or self.index + 1 == self.count)
 
     def note(self, **figures):
-        """Figures for the history."""
+        """Adds figures to the history and prints them."""
         self.entry.update(figures)
         text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.run.progress.say(f"{self.name}: epoch {self.index + 1}, {text}")
@@ -239,7 +242,8 @@ class Epoch:
 # The search's log
 
 class Log:
-    """The log of a search, which is the truth: a line a candidate, written by the process that trained it."""
+    """The log of a search: one line per candidate, written by the process that trained it. A search that
+    continues takes the logged candidates from here."""
 
     def __init__(self, run, path):
         if run.rank == 0:
@@ -249,15 +253,16 @@ class Log:
         run.wait()                                                # nobody writes before all have read
 
     def misses(self, k):
-        """True if candidate k is to be trained here: it isn't in the log, nor did another process claim
-        it."""
+        """Whether candidate k is to be trained by this process: it is not in the log, and no other process
+        has claimed it."""
         if k in self.entries:
             return False
         return self.run.store is None or self.run.store.add(f"{self.path.name} {k}", 1) == 1
 
     @contextlib.contextmanager
     def candidate(self, k, genotype):
-        """Yields the entry to be filled in; writes it. Any error but NaN and out of memory stops the run."""
+        """A context: yields the entry of candidate k to be filled in, and then writes it. NaN and out of
+        memory are logged with reward 0; any other error stops the run."""
         start = time.time()
         entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
         try:
@@ -278,30 +283,32 @@ class Log:
         self.entries[k] = entry
 
     def meet(self):
-        """Waits until every process's candidates are there."""
+        """Waits for all processes, then reads the candidates that they logged."""
         if self.run.world > 1:
             self.run.wait()
             self.entries = read_log(self.path)
             self.run.wait()
 
     def tokens(self, numbers, sampled):
-        """The tokens (n, 5L) of these candidates: the log's where it has them. Another processor may round,
-        and so sample, otherwise; the rewards belong to what was trained."""
+        """The tokens (n, 5L) of these candidates: from the log if it has them, else as sampled. On another
+        processor rounding may differ, and so may the samples; the logged reward belongs to the logged
+        tokens. Raises InputError if the number of tokens differs."""
         tokens = sampled[:len(numbers)].clone()
         for row, k in zip(tokens, numbers):
             if k not in self.entries:
                 continue
             logged = self.entries[k]["tokens"]
             if len(logged) != len(row):
-                raise InputError(f"{self.path}: candidate {k} has {len(logged)} tokens, not {len(row)}: of "
-                                 "another recipe; use another --run")
+                raise InputError(f"{self.path}: candidate {k} has {len(logged)} tokens, not {len(row)}, so "
+                                 "it was made with another recipe; use another --run")
             if logged != row.tolist():
-                print(f"{self.path}: this machine would sample another candidate {k}; the log's is taken")
+                print(f"{self.path}: this machine samples a different candidate {k}; the logged one is "
+                      "used")
             row.copy_(torch.tensor(logged))
         return tokens
 
     def standing(self, k):
-        """For the line of progress."""
+        """Figures for the line of progress: the reward of candidate k, and the best one so far."""
         best = max(entry["reward"] for entry in self.entries.values())
         return {"reward": self.entries[k]["reward"], "best": best}
 
@@ -313,7 +320,7 @@ class Log:
 
 
 def out_of_memory(error):
-    """torch says it by a class of its own on a GPU, by its text elsewhere."""
+    """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
     texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
              "CUDNN_STATUS_ALLOC_FAILED")
     kinds = torch.OutOfMemoryError, MemoryError
@@ -324,19 +331,19 @@ def out_of_memory(error):
 # The run
 
 class Run:
-    """A run's folder, its recipe, its device, its data, and its place among torchrun's processes.
+    """A run: its folder, recipe, device and data, and this process's rank among torchrun's processes.
 
-    Every process does the same work on the same files, but for three things: a batch is shared out, so are
-    the candidates of a round, and only rank 0 writes checkpoints and reports."""
+    All processes do the same work on the same files, with three exceptions: they share each batch, they
+    share the candidates of a round, and only rank 0 writes checkpoints and reports."""
 
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
         self.rank, self.world, self.store, self.progress = 0, 1, None, None
         try:
             chosen = torch.device(device or best_device())
-            if chosen.type == "cuda" and launched():                      # a GPU for each process, if there are
+            if chosen.type == "cuda" and launched():                      # one GPU per process if possible
                 chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            if chosen.type == "cuda" and chosen.index is not None:        # before cuda:0 is made ready
+            if chosen.type == "cuda" and chosen.index is not None:        # else cuda:0 is initialised, too
                 torch.cuda.set_device(chosen)
             self.device = torch.zeros(0, device=chosen).device
         except (RuntimeError, AssertionError) as error:
@@ -347,7 +354,7 @@ class Run:
         set_tf32(False)
         self.num_classes = len(datasets.dataset_class(recipe.dataset).classes)
         self.splits = ("train", "val", "test")
-        if recipe.dataset == "cityscapes":                        # it keeps its test labels back
+        if recipe.dataset == "cityscapes":                        # its test labels are not public
             self.splits = ("train", "val")
         self._frames = {}
 
@@ -357,17 +364,19 @@ class Run:
     # -- torchrun
 
     def join(self):
-        """Meets torchrun's other processes, if there are any: nccl where each has its own GPU, else gloo."""
+        """Connects to torchrun's other processes, if there are any: by nccl if each has its own GPU, else
+        by gloo. Raises InputError if a batch is too small for them."""
         if not launched() or os.environ["WORLD_SIZE"] == "1":
             return
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        # A process that waits for a dead one hears no handler, and torchrun would wait 30 s for it.
+        # Python runs no handler while a process waits for another. With the default action torchrun can end
+        # it at once, not after 30 s.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for name in ("static_batch", "cell_batch"):
             size = getattr(self.recipe, name)
-            if size < 2 * self.world:                             # gap's batch norm has one value an image
-                raise InputError(f"{flag(name)} {size}: {self.world} processes share it, two images each at "
-                                 f"the least: {2 * self.world} or more")
+            if size < 2 * self.world:                             # the batch norm of gap needs two images
+                raise InputError(f"{flag(name)} {size}: {self.world} processes share it and need two "
+                                 f"images each, so give {2 * self.world} or more")
         gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)   # a candidate may take hours
         own = self.device.type == "cuda" and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
         self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
@@ -377,12 +386,12 @@ class Run:
             sys.stdout = open(os.devnull, "w")                    # one process reports
 
     def wait(self):
-        """Until every process is here, so that they see the same files."""
+        """Waits until every process is here, so that all see the same files."""
         if self.world > 1:
             dist.barrier()
 
     def agree(self, value):
-        """The value of the process that decides, rank 0, in every process."""
+        """Rank 0's value, in every process."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box)
@@ -394,15 +403,15 @@ class Run:
         return datasets.open_split(self.recipe.dataset, self.root, split)
 
     def frames(self, split):
-        """The frames of a split, read once."""
+        """The frames of a split. They are read at the first call."""
         if split not in self._frames:
-            progress = Progress(f"looking at every frame of {split}", 0)
+            progress = Progress(f"checking every frame of {split}", 0)
             self._frames[split] = data.Frames(self.dataset(split), None, self.device, show=progress.show)
         return self._frames[split]
 
     def autocast(self):
-        """bf16 where the device has it. Only with channels_last: else a CPU's depthwise convolution is 20x
-        slower."""
+        """Autocast to bf16 if the device supports it. It needs channels_last: otherwise a depthwise
+        convolution on a CPU is 20 times slower."""
         capable = False
         if self.device.type == "cuda":
             capable = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -416,12 +425,12 @@ class Run:
     # -- trainings
 
     def epochs(self, name, count, parts, optimizers, network=None):
-        """The epochs of a training that are still to do, one after the other.
+        """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
 
-        network: of util/compare.py, where it has a cell, whose genotype NAME.pt holds.
-
-        parts: what is trained, {"static": module, "cell": module}. NAME.pt holds their states, the history,
-        the recipe and the facts, and until the training is finished the optimisers' states."""
+        parts: the modules that are trained, {"static": module, "cell": module}. network: the
+        util/compare.py Network that is trained; needed if there is a cell. NAME.pt holds the states of the
+        parts, the history, the recipe and the cell's genotype, and, until the training is finished, the
+        optimisers' states."""
         path, history, since, facts = self.path(f"{name}.pt"), [], time.time(), {}
         if "cell" in parts:
             facts = {"genotype": as_text(network.genotype), "past": network.past}
@@ -433,7 +442,7 @@ class Run:
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
             print(f"{name}: continues after epoch {len(history)}")
-        self.wait()                                               # nobody writes before all have read
+        self.wait()                                               # no one writes before all have read
         self.progress = None
         for index in range(len(history), count):
             epoch = Epoch(self, name, index, count)
@@ -451,29 +460,29 @@ class Run:
     def save(self, name, parts, **more):
         if self.rank == 0:
             states = {part: module.state_dict() for part, module in parts.items()}
-            if "optimizers" not in more and "static" in states:   # the auxiliary heads have done their work
+            if "optimizers" not in more and "static" in states:   # auxiliary heads are not needed now
                 states["static"] = {key: value for key, value in states["static"].items()
                                     if not key.startswith("auxiliary.")}
             if name == "static":
                 more["source"] = self.source()
-            if "static" in states:           # what predict needs besides
+            if "static" in states:           # more that predict needs
                 kind = datasets.dataset_class(self.recipe.dataset)
                 more.update(classes=list(kind.classes), palette=np.asarray(kind.palette).tolist(),
                             size=self._frames["train"].size if "train" in self._frames else None)
             save(self.path(f"{name}.pt"), {**states, **more, "recipe": dataclasses.asdict(self.recipe)})
 
     def finished(self, name):
-        """Whether NAME.pt holds a training that is finished. One process looks, all follow."""
+        """Whether NAME.pt holds a finished training. Rank 0 decides for all processes."""
         path = self.path(f"{name}.pt")
         return self.agree(self.rank == 0 and path.exists() and "optimizers" not in self.checkpoint(name))
 
     def checkpoint(self, name):
-        """The content of NAME.pt. Raises InputError naming the fields when it was made with another
-        recipe."""
+        """The content of NAME.pt. Raises InputError naming the fields that differ if it was made with
+        another recipe."""
         path = self.path(f"{name}.pt")
         saved = load(path)
         if not isinstance(saved, dict) or "recipe" not in saved:
-            raise InputError(f"{path}: holds no training's result; use another --run")
+            raise InputError(f"{path}: holds no result of a training; use another --run")
         check_recipe(path, saved["recipe"], self.recipe, stage_of(name))
         if name == "static":
             self.check_source(path, saved.get("source", {}))
@@ -483,7 +492,7 @@ class Run:
         """The network of a finished training (static, baseline, cell-K) as a VideoSegmenter in eval mode."""
         path, saved = self.path(f"{name}.pt"), self.checkpoint(name)
         if "optimizers" in saved:
-            raise InputError(f"{path}: is not finished; the command that began it continues")
+            raise InputError(f"{path}: is not finished; run the command that started it again")
         if "static" not in saved:
             raise InputError(f"{path}: holds no network; use another --run")
         static, cell = Arch2(self.num_classes), None
@@ -505,7 +514,7 @@ class Run:
     def log(self, name):
         return Log(self, self.path(name))
 
-    # -- what a static network was made from, by content: a file or folder that moved is the same
+    # -- the inputs of a static network, compared by content: they may have moved
 
     def source(self):
         if not hasattr(self, "_source"):
@@ -515,17 +524,18 @@ class Run:
         return self._source
 
     def check_source(self, path, saved):
-        """What is not there any more (the weights) or not given (the data, for predict) is not asked for."""
+        """Raises InputError if the weights or data have another content than when the static network at
+        path was trained. Weights that are gone and data that is not given are not compared."""
         for key, value in self.source().items():
             if value and saved.get(key) and saved[key] != value:
                 given = self.root if key == "data" else getattr(self.recipe, key)
-                raise InputError(f"{path}: was trained on another content of {flag(key)} than {given} has; "
-                                 "give that, or use another --run")
+                raise InputError(f"{path}: was trained when {flag(key)} had another content than {given} "
+                                 "has now; give the original, or use another --run")
             self._source[key] = saved.get(key) or value
 
 
 def data_digest(dataset):
-    """Of a split: its frames' names and the sizes of their files."""
+    """A hash of a split's file names and file sizes."""
     digest = hashlib.sha256()
     for clip in dataset.clips:
         for frame in clip:
@@ -539,9 +549,10 @@ def best_device():
 
 
 def keep_freed_memory():
-    """glibc gives a large tensor's memory back to the system when it is freed, and the next one costs page
-    faults again. Kept, a step of pretraining takes 0.83 of the time on a CPU, for some memory: end to end,
-    3 x 8 frames of 480 x 360 take 6.2 GB where they took 5.0. Other C libraries stay as they are."""
+    """Makes glibc keep the memory of freed tensors. By default it returns large blocks to the system, and
+    the next tensor causes page faults again. Keeping them, a step of pretraining takes 0.83 of the time on
+    a CPU. It costs some memory: training 3 x 8 frames of 480 x 360 end to end takes 6.2 GB instead of 5.0.
+    Does nothing with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                       # M_MMAP_MAX: no block of its own for a large tensor
@@ -549,20 +560,20 @@ def keep_freed_memory():
 
 
 def launched():
-    """Whether torchrun started this process. (RANK alone may have been left in the environment.)"""
+    """Whether torchrun started this process. (RANK alone may be left in the environment.)"""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def set_tf32(allowed):
-    """Whether a GPU may round float32 factors to 10 bits, in convolutions and products: in training, not in
-    evaluation."""
+    """Allows or forbids TF32, in which a GPU rounds the factors of float32 convolutions and matrix products
+    to 10 bits. Allowed in training, not in evaluation."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def float32():
-    """Evaluation's precision, in the middle of a training."""
+    """A context for an evaluation during training: TF32 is off."""
     before = torch.backends.cudnn.allow_tf32
     set_tf32(False)
     try:
@@ -572,8 +583,8 @@ def float32():
 
 
 def cpu_has_bf16():
-    """Whether this CPU computes in bf16. torch 2.11 has a function for it, those before have two private
-    ones."""
+    """Whether this CPU has bf16 instructions. torch 2.11 has a function for it, earlier versions two
+    private ones."""
     if hasattr(torch.cpu, "get_capabilities"):
         known = torch.cpu.get_capabilities()
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
@@ -582,8 +593,8 @@ def cpu_has_bf16():
 
 @contextlib.contextmanager
 def locked(run):
-    """One command at a time works on a run's folder. Where the system or its file system can't lock, it
-    says so."""
+    """A context in which no other command can work on the run's folder. Prints a line if the folder can't
+    be locked. Raises InputError if another command has locked it."""
     if run.rank:
         yield
         return
@@ -593,8 +604,8 @@ def locked(run):
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run.folder}: another process works on this run; wait for it or use another "
-                             "--run") from None
+            raise InputError(f"{run.folder}: another process is working on this run; wait for it or use "
+                             "another --run") from None
         except (ImportError, OSError) as error:
             print(f"{run.folder}: can't be locked here ({error}); start one command at a time on it")
         yield

@@ -1,4 +1,5 @@
-"""Maps of many frames in memory, and batches of sequences of them: what train.static_outputs fills."""
+"""The static network's outputs for many frames, in memory, and batches of sequences of them. Filled by
+train.static_outputs."""
 import math
 
 import torch
@@ -6,49 +7,50 @@ import torch.nn.functional as F
 
 from util.progress import Progress
 
-STRIDE = {"layer2": 8, "layer3": 16, "layer4": 32, "dec": 8, "labels": 1}         # image pixels a pixel
+STRIDE = {"layer2": 8, "layer3": 16, "layer4": 32, "dec": 8, "labels": 1}         # image pixels per pixel
 
 
 class Stored:
-    """The maps of the frames of `windows` (N, T), and with mirrored=True of their mirror images: number
-    `count` + k is frame k's. crop: sequences are cropped to this square, at a random place; None: not."""
+    """The maps of the frames in `windows` (N, T). With mirrored=True also those of their mirror images:
+    frame number `count` + k is the mirror image of frame k. crop: the side of the square, at a random
+    place, to which sequences are cropped; None: they are not cropped."""
 
     def __init__(self, windows, count, mirrored, crop):
         self.count, self.crop, self.maps = count, crop, {}
         self.numbers = windows.unique()                           # (n,)
         if mirrored:
             self.numbers = torch.cat([self.numbers, self.numbers + count])
-        self.row = torch.full((2 * count,), -1)                   # of each frame number, in the maps
+        self.row = torch.full((2 * count,), -1)                   # frame number -> row of the maps
         self.row[self.numbers] = torch.arange(len(self.numbers))
 
     def parts(self, size=8):
-        """The frame numbers, a few at a time, with a line of progress."""
+        """Yields the frame numbers, `size` at a time, and shows a line of progress."""
         progress = Progress("static outputs", len(self.numbers))
         for first in range(0, len(self.numbers), size):
             yield self.numbers[first:first + size]
             progress.update(min(first + size, len(self.numbers)))
 
     def mirror(self, images, labels, numbers):
-        """images (N, 3, H, W), channels_last, and labels (N, H, W): flipped where the number is a mirror
-        image's."""
+        """Flips those images (N, 3, H, W) and labels (N, H, W) whose frame number is that of a mirror
+        image. Images are returned channels_last."""
         flipped = (numbers >= self.count).to(images.device)
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         labels = torch.where(flipped[:, None, None], labels.flip(-1), labels)
         return images.contiguous(memory_format=torch.channels_last), labels
 
     def put(self, numbers, **maps):
-        """Features (N, C, h, w), kept in half precision, and labels (N, H, W) uint8; in place, never twice
-        in memory."""
+        """Stores the maps of some frames: features (N, C, h, w) in half precision, labels (N, H, W) uint8.
+        All memory is allocated at the first call, so nothing is ever there twice."""
         rows = self.row[numbers]
         for name, x in maps.items():
             if name not in self.maps:
                 room, kind = (len(self.numbers), *x.shape[1:]), x.dtype if name == "labels" else torch.half
                 layout = torch.contiguous_format if name == "labels" else torch.channels_last
                 self.maps[name] = torch.empty(room, dtype=kind, device=x.device, memory_format=layout)
-            self.maps[name][rows[0]:rows[-1] + 1] = x             # neighbours
+            self.maps[name][rows[0]:rows[-1] + 1] = x             # their rows are consecutive
 
     def pick(self, window, rng=None, dropout=0.0):
-        """(B, T) frame numbers -> those Sequences. dropout [ours]: share of the channels that is zeroed."""
+        """(B, T) frame numbers -> their Sequences. dropout [ours]: share of the channels that is zeroed."""
         return Sequences(self, window, rng, dropout)
 
     def megabytes(self):
@@ -56,8 +58,8 @@ class Stored:
 
 
 class Sequences:
-    """A batch of sequences: sequences("dec", t) is (B, C, h, w), of frame t; "labels" (B, H, W). Where the
-    frames are larger than the crop (CityScapes), each sequence is cropped at a random place of its own."""
+    """A batch of sequences. sequences("dec", t) is the `dec` of frame t, (B, C, h, w); "labels" gives
+    (B, H, W). If frames are larger than the crop (CityScapes), each sequence has its own random crop."""
 
     def __init__(self, stored, window, rng, dropout):
         self.maps, self.crop, self.dropout = stored.maps, stored.crop, dropout
@@ -65,7 +67,7 @@ class Sequences:
         if rows.min() < 0:
             raise ValueError("a frame of these sequences is not stored")
         self.rows = rows.to(self.maps["labels"].device)
-        self.places = []                                          # of the crops, in steps of 32 pixels
+        self.places = []                                          # crop offsets in steps of 32 pixels
         for side in self.maps["labels"].shape[-2:]:
             if self.crop and side > self.crop:
                 steps = (side - self.crop) // 32

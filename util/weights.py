@@ -1,5 +1,4 @@
-"""Weights that somebody else made: for the encoder, for the static network, for predict. What the file is
-and how it is wrapped."""
+"""Reads files of weights that the user gives: for the encoder, for the static network, for predict."""
 import functools
 import hashlib
 import pathlib
@@ -13,7 +12,7 @@ from util import download
 FILES = "encoder_weights", "static"          # fields of the recipe that name such a file
 ENCODER = "--encoder-weights takes torchvision's mobilenet_v2 (its state_dict)"
 STATIC = "--static takes a static.pt of this program"
-# What the first bytes say of a file that torch can't read.
+# What a file is that torch can't read, by its first bytes.
 HEADS = {
     b"": "is empty",
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself (git lfs pull)",
@@ -25,10 +24,10 @@ HEADS = {
 
 
 def read(path, wanted):
-    """The content of a file of weights: tensors and plain values, never code. Raises InputError that says
-    what the file is and what is wanted."""
+    """The content of a file of weights. Only tensors and plain values are loaded; no code is run. Raises
+    InputError that says what the file is and what is wanted."""
     try:
-        with warnings.catch_warnings():      # it warns of a TorchScript archive, then refuses it
+        with warnings.catch_warnings():      # torch warns about a TorchScript archive, then refuses it
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -38,7 +37,7 @@ def read(path, wanted):
 
 
 def what_is(path, error):
-    """What stands in the place of weights."""
+    """What the file at path is, if it is not a file of weights."""
     if pathlib.Path(path).is_dir():
         return "is a folder"
     try:
@@ -53,15 +52,15 @@ def what_is(path, error):
         return "is a safetensors file"
     reason = " ".join(str(error).split())
     if head[:2] == b"PK" and "GLOBAL" not in reason and "TorchScript" not in reason:
-        return "is cut short, or another archive, so get it again"
+        return "is cut short or not an archive of torch's, so get it again"
     if "GLOBAL" in reason or "TorchScript" in reason or head[:1] == b"\x80":
-        return "holds a whole pickled object, whose code is not run: save its state_dict() in its place"
+        return "holds a pickled object, which could run code and is not loaded; save its state_dict()"
     return f"holds no weights ({reason[:100]})"
 
 
 def state_of(content, key):
-    """The state that holds `key`, in whatever dictionaries and behind whatever prefix ("module.",
-    "backbone."): without both. None where there is none."""
+    """The state dict in `content` that has `key`. It may be nested in other dicts, and its keys may have a
+    prefix ("module.", "backbone."), which is removed. None if there is no such state dict."""
     if not isinstance(content, dict):
         return None
     for name in content:
@@ -75,16 +74,17 @@ def state_of(content, key):
 
 
 def find(path, key, wanted):
-    """A file's content, and the state in it that holds `key`. Raises InputError."""
+    """A file's content, and the state dict in it that has `key`. Raises InputError if there is none."""
     content = read(path, wanted)
     state = state_of(content, key)
     if state is None:
-        raise InputError(f"{path}: has no {key}, so it is of another network; {wanted}")
+        raise InputError(f"{path}: has no {key}, so it belongs to another network; {wanted}")
     return content, state
 
 
 def look(recipe):
-    """Raises InputError if pretraining can't begin from what the recipe names, before the data is read."""
+    """Raises InputError if pretraining can't start from the files in the recipe. Called before the data is
+    read."""
     if recipe.static != "none":
         find(recipe.static, "encoder.features.0.0.weight", STATIC)
     elif recipe.encoder_weights not in ("none", "imagenet"):
@@ -92,8 +92,8 @@ def look(recipe):
 
 
 def begin(model, recipe, classes):
-    """Gives a static network what pretraining begins from: --static, a network that was trained before, here
-    or on another dataset, or else the encoder's weights."""
+    """Loads what pretraining starts from: a static network that was trained before (--static), on this
+    dataset or another, or else the encoder's weights."""
     if recipe.static == "none":
         load_encoder(model.encoder, recipe.encoder_weights)
     else:
@@ -101,8 +101,8 @@ def begin(model, recipe, classes):
 
 
 def load_encoder(encoder, source):
-    """ImageNet weights into the encoder: "imagenet" (downloaded once), a file in torchvision's keys, or
-    "none"."""
+    """Loads weights into the encoder. source: "imagenet" (downloaded once), a file with torchvision's keys,
+    or "none"."""
     if source == "none":
         print("the encoder starts from random weights (--encoder-weights none): on real images this costs "
               "much accuracy")
@@ -116,28 +116,28 @@ def load_encoder(encoder, source):
 
 
 def load_static(model, recipe, classes):
-    """Where the file's classes are others, the classifiers stay as they are: new."""
+    """Loads recipe.static. If its classes differ, the model keeps its own, untrained classifiers."""
     path = recipe.static
     content, state = find(path, "encoder.features.0.0.weight", STATIC)
     there = content.get("classes") or content.get("recipe", {}).get("dataset", recipe.dataset)
     same, ours = there in (classes, recipe.dataset), model.state_dict()
     if not same and not recipe.static_epochs:
         raise InputError(f"--static-epochs 0: {path} has other classes, so its classifiers must be "
-                         "trained; 1 or more")
+                         "trained; give 1 or more")
     for key, value in ours.items():
         if key.startswith("auxiliary.") or key.startswith("classifier.") and not same:
             state[key] = value
     try:
         model.load_state_dict({key: state[key] for key in ours})
     except (RuntimeError, KeyError) as error:
-        raise InputError(f"{path}: is another network's ({brief(error)}); {STATIC}") from None
-    print(f"static: begins from {path}" + ("" if same else ", of other classes: classifiers anew"))
+        raise InputError(f"{path}: belongs to another network ({brief(error)}); {STATIC}") from None
+    print(f"static: starts from {path}" + ("" if same else "; its classes differ: new classifiers"))
 
 
 @functools.cache
 def digest(source):
-    """The first digits of the SHA-256 of a file of weights; of "imagenet" they are known; "none"; or None
-    where it is not there."""
+    """The first digits of the SHA-256 of a file of weights. "imagenet" has known ones, "none" stays "none".
+    None if the file can't be read."""
     if source == "imagenet":
         return download.IMAGENET[-12:-4]
     if source == "none":

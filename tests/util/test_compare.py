@@ -95,7 +95,7 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
     assert names(run, without_past=True, search_candidates=1) == ["baseline", "cell-0"]
     assert compare.networks(run)[1].genotype == Genotype(BLIND)
     write_log(run, "search.jsonl", CANDIDATES[1:2])
-    with pytest.raises(InputError, match="search.jsonl: no candidate came through"):
+    with pytest.raises(InputError, match="search.jsonl: every candidate failed"):
         compare.networks(run)
 
 
@@ -284,7 +284,7 @@ def test_named_cells_and_seeds_need_no_search(smoke, small, tmp_path, capsys):
     assert rows["static"]["test"] == rows["baseline"]["test"] != rows["cell-attention"]["test"]
     assert not torch.equal(cell["cell"]["classifier.bias"], other["cell"]["classifier.bias"])
     scores = [100 * rows[name]["test"]["miou"] for name in ("cell-attention", "cell-attention-seed1")]
-    assert "mean ± deviation over seeds" in out
+    assert "mean ± standard deviation over seeds" in out
     assert f"{np.mean(scores):.1f} ±{np.std(scores, ddof=1):.1f}" in out
 
 

@@ -151,8 +151,8 @@ def test_download(server, tmp_path, capsys, mode):
     ("stalls", "timed out"), ("stalls at once", "timed out"),
     ("truncates", "it ended after 512,000 of 1,024,000 bytes"),
     ("announces more", "it ended after 1,024,000 of 2,024,000 bytes"), ("announces less", "another file"),
-    ("announces far too much", "bytes are announced, too many"),
-    ("endless", "more than 2,000,000 bytes come"),
+    ("announces far too much", "bytes, too many"),
+    ("endless", "sends more than 2,000,000 bytes"),
     ("404", "HTTP Error 404: Not Found"), ("500", "HTTP Error 500"), ("nobody", "refused")])
 def test_a_failed_download_is_one_line_with_address_place_and_flag(server, tmp_path, monkeypatch, mode, said):
     server.mode, url = mode, server.url
@@ -173,11 +173,11 @@ def test_a_failed_download_is_one_line_with_address_place_and_flag(server, tmp_p
 
 
 def test_a_size_that_is_known_is_required(server, tmp_path):
-    with pytest.raises(InputError, match="1,024,000 bytes are announced, not 77"):
+    with pytest.raises(InputError, match="announces 1,024,000 bytes, not 77"):
         get(server, tmp_path, size=77)
     assert not (tmp_path / "new").exists()
     server.mode = "unannounced"
-    with pytest.raises(InputError, match="more than 77 bytes come"):
+    with pytest.raises(InputError, match="sends more than 77 bytes"):
         get(server, tmp_path, size=77)
 
 

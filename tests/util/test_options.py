@@ -84,11 +84,11 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--meta-val-share 1.5", "--meta-val-share 1.5: must be below 1"),
     ("--controller-clip 1.5", "--controller-clip 1.5: must be below 1"),
     ("--static-batch 1", "--static-batch 1: must be 2 or more"),
-    ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): the first must not be above"),
-    ("--sequence-length 1", "--sequence-length 1: a cell needs a frame before"),
-    ("--sequence-length 9", "--sequence-length 9: no synthetic clip has so many frames"),
-    ("--cells 0 --cell", "--cells 0: then --cell must name a cell"),
-    ("--key-frames", "--key-frames: must have one distance or more"),
+    ("--static-scale 2 0.5", "--static-scale (2.0, 0.5): the first number must not be"),
+    ("--sequence-length 1", "--sequence-length 1: must be 2 or more, as a cell"),
+    ("--sequence-length 9", "--sequence-length 9: no clip of synthetic has so many"),
+    ("--cells 0 --cell", "--cells 0: there is no cell to train"),
+    ("--key-frames", "--key-frames: must have one value or more"),
     ("--dataset camvid", "put the file at data/camvid.zip, or pass --data DIR"),
     ("--dataset camvid --data nowhere", "http://127.0.0.1:9/camvid.zip: cannot be downloaded"),
     ("--dataset cityscapes --data nowhere", "nowhere: no such folder"),
@@ -108,7 +108,7 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--cell nowhere.json", "'nowhere.json' (No such file or directory)"),
     ("--cell nowhere.pt", "--cell"), ("--cell {}", "--cell"),
     ("--cell sum(skip(dec),skip(dec))", "--cell"),
-    ("--cell [1,2]", "a genotype has five tokens a layer, got 2 tokens"),
+    ("--cell [1,2]", "a genotype has five tokens per layer, got 2 tokens"),
     ("--encoder-weights nowhere.pth", "nowhere.pth: no such file"),
     ("--device warp9", "--device warp9"),
 ])
@@ -151,5 +151,5 @@ def test_a_stage_needs_the_ones_before_it_to_be_finished(smoke, small, tmp_path)
     shutil.copy(smoke / "static.pt", folder)
     with pytest.raises(InputError, match="baseline.pt: is not there or not finished"):
         train.main([*arguments_of(folder), "--stage", "evaluate"])
-    with pytest.raises(InputError, match="search.jsonl: no candidate came through"):
+    with pytest.raises(InputError, match="search.jsonl: every candidate failed"):
         train.main([*arguments_of(folder), "--stage", "finetune"])

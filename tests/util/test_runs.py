@@ -93,7 +93,7 @@ def test_a_training_has_one_file_which_holds_optimisers_until_it_is_finished(run
     saved = torch.load(run.path("tiny.pt"), weights_only=True)
     assert len(saved["optimizers"]) == 2 and len(saved["history"]) == 1
     assert not run.finished("tiny")
-    with pytest.raises(InputError, match="tiny.pt: is not finished; the command that began it continues"):
+    with pytest.raises(InputError, match="tiny.pt: is not finished; run the command that started it"):
         run.load("tiny")
     train_tiny(run)
     saved = torch.load(run.path("tiny.pt"), weights_only=True)
@@ -154,7 +154,7 @@ def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys
     assert list(runs.read_log(path)) == [0, 1]
     assert path.read_text() != lines(0, 1)                                # looking cuts nothing
     log = run.log("log.jsonl")
-    assert path.read_text() == lines(0, 1) and "the last line is torn, cut off" in capsys.readouterr().out
+    assert path.read_text() == lines(0, 1) and "the last line is incomplete and" in capsys.readouterr().out
     assert [k for k in range(4) if log.misses(k)] == [2, 3]
     with log.candidate(2, GENOTYPE) as entry:
         entry["reward"] = 0.7
@@ -165,7 +165,7 @@ def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys
     "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0]), "\n"])
 def test_a_log_with_a_line_that_is_no_candidates_is_refused(run, text):
     run.path("log.jsonl").write_text(text + lines(5))
-    with pytest.raises(InputError, match="log.jsonl: a line is no candidate's, or a candidate has two"):
+    with pytest.raises(InputError, match="log.jsonl: a line is not a candidate's, or a candidate has two"):
         run.log("log.jsonl")
 
 
@@ -176,9 +176,9 @@ def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(r
     tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
     assert tokens.tolist() == [TOKENS, TOKENS, TOKENS] and sampled[1].tolist() != TOKENS
     said = capsys.readouterr().out
-    assert "log.jsonl: " in said and "candidate 1" in said and "the log's is taken" in said
+    assert "log.jsonl: " in said and "candidate 1" in said and "the logged one is used" in said
     run.path("log.jsonl").write_text(lines(0, tokens=TOKENS[:5]))
-    with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10: .*use another --run"):
+    with pytest.raises(InputError, match="log.jsonl: candidate 0 has 5 tokens, not 10, .*use another --run"):
         run.log("log.jsonl").tokens([0], torch.tensor([TOKENS]))
 
 
@@ -309,7 +309,7 @@ def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_pa
     torch.save([1, 2], folder / "list.pt")
     for name, said in (("baseline", "baseline.pt: is the checkpoint of another network"),
                        ("controller", "controller.pt: holds no network"),
-                       ("list", "list.pt: holds no training's result"),
+                       ("list", "list.pt: holds no result of a training"),
                        ("cell-7", "cell-7.pt: no such file")):
         with pytest.raises(InputError, match=said):
             run.load(name)
@@ -320,7 +320,7 @@ def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_pa
         run.load("static")
     (folder / "cell-0.partial.pt").write_bytes(b"of the version before")
     before = content_of(folder)
-    with pytest.raises(InputError, match="cell-0.partial.pt: of an earlier version.*; use another") as error:
+    with pytest.raises(InputError, match="cell-0.partial.pt: made by an earlier .*; use another") as error:
         train.main(arguments_of(folder))
     assert "\n" not in str(error.value) and content_of(folder) == before
 
@@ -379,7 +379,7 @@ def test_weights_that_moved_are_the_same_and_others_are_refused(smoke, partial):
     (partial.parent / "encoder.pth").write_bytes(b"another content")
     for _ in ("partial", "finished"):
         for other in (partial.parent / "encoder.pth", "none"):
-            with pytest.raises(InputError, match=f"static.pt: .*another content of --encoder-w.* {other}"):
+            with pytest.raises(InputError, match=f"static.pt: .*--encoder-weights had another .* {other}"):
                 pretrain_from(partial, other)
         pretrain_from(partial, moved)
     for folder in (partial, without):
@@ -408,7 +408,7 @@ def test_data_that_moved_are_the_same_and_others_are_refused(tmp_path, change, f
     if not refused:
         assert run.finished("static")
     else:
-        with pytest.raises(InputError, match=f"static.pt: .*another content of --data.* {root}"):
+        with pytest.raises(InputError, match=f"static.pt: .*--data had another content than {root}"):
             options.check_folder(run)
 
 
@@ -509,7 +509,7 @@ def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkey
 def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
     with open(smoke / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process works on this run; wait for it or"):
+        with pytest.raises(InputError, match="another process is working on this run; wait for it or"):
             train.main(arguments_of(smoke))
     train.main([*arguments_of(smoke), "--stage", "pretrain"])             # it is free again
 

@@ -49,8 +49,8 @@ def save_half(content, path):
 
 
 FILES = {
-    "a whole module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "whole pickled object"),
-    "numpy": (lambda path: path.write_bytes(pickle.dumps({"a": np.zeros(3)})), "whole pickled object"),
+    "a whole module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "holds a pickled object"),
+    "numpy": (lambda path: path.write_bytes(pickle.dumps({"a": np.zeros(3)})), "holds a pickled object"),
     "a web page": (lambda path: path.write_text("\n<html>403</html>"), "is a web page"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "Git LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS "
@@ -59,7 +59,7 @@ FILES = {
     "safetensors": (lambda path: path.write_bytes(b"\x08\0\0\0\0\0\0\0{\"a\":{}}"), "is a safetensors file"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b123"), "is packed by gzip"),
     "text": (lambda path: path.write_text("weights"), "holds no weights"),
-    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "of another "
+    "another network": (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "to another "
                                                                                          "network"),
     "another width": (lambda path: torch.save({"features.0.0.weight": torch.zeros(1)}, path),
                       "not torchvision"),
@@ -96,7 +96,7 @@ def test_a_static_network_of_the_same_classes_is_taken_as_it_is(smoke, small, tm
     theirs = torch.load(smoke / "static.pt", weights_only=True)
     assert ours["history"] == [] and ours["static"].keys() == theirs["static"].keys()
     assert all(torch.equal(value, theirs["static"][key]) for key, value in ours["static"].items())
-    with pytest.raises(InputError, match="static.pt: was trained on another content of --static"):
+    with pytest.raises(InputError, match="static.pt: was trained when --static had another content"):
         torch.save({**theirs, "seed": 1}, tmp_path / "other.pt")
         train.main([*arguments_of(folder), "--stage", "pretrain", "--static", str(tmp_path / "other.pt"),
                     "--static-epochs", "0"])
@@ -108,7 +108,7 @@ def test_where_the_classes_differ_the_classifiers_are_new(tmp_path, said, capsys
     torch.save({"static": there.state_dict(), **said}, path)
     before = model.classifier.weight.clone()
     weights.begin(model, recipe(static=str(path)), list("abcdef"))
-    assert torch.equal(model.classifier.weight, before) and "classifiers anew" in capsys.readouterr().out
+    assert torch.equal(model.classifier.weight, before) and ": new classifiers" in capsys.readouterr().out
     assert torch.equal(model.encoder.features[0][0].weight, there.encoder.features[0][0].weight)
     assert torch.equal(model.out[1].weight, there.out[1].weight)
     with pytest.raises(InputError, match="--static-epochs 0: .*static.pt has other classes"):
