@@ -111,6 +111,7 @@ class ForEndToEnd(ForCell):
     end_lr_static: float = field(5e-4, "Sect. 4.2: SGD's learning rate for the static network")
     end_crop: tuple[int, int] = field((400, 480), "Sect. 4.2: crop, height, width; smaller images are padded")
     end_scale: tuple[float, float] = field((1.0, 1.0), "[ours]: random scale")
+    end_mirrored: bool = field(True, "[18]: half of the sequences are mirror images")
 
 
 @dataclasses.dataclass
@@ -169,7 +170,7 @@ SCHEDULES = {
         early_stop_rule="average", controller_lr=3e-3, controller_rollout=2, controller_replay=0,
         controller_epochs=2, controller_entropy=1e-2,
         cells=1, median_cell=True, cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128),
-        key_frames=(0,)),
+        end_mirrored=False, key_frames=(0,)),
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
 }
 
@@ -463,7 +464,7 @@ def finetune_end_to_end(run, network):
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             images, labels = frames[windows[batch]]               # (B, T, H, W, 3), (B, T, H, W)
-            images, labels = data.augment(images, labels, r.end_crop, r.end_scale, generator=epoch.rng)
+            images, labels = data.augment(images, labels, r.end_crop, r.end_scale, r.end_mirrored, epoch.rng)
             with run.autocast():
                 logits = video(images)                            # (B, T, 3, h, w) -> (B, T, C, h/8, w/8)
             loss = 0
