@@ -29,5 +29,6 @@ def test_a_snippet_runs(number, tmp_path, monkeypatch):
 
 
 def test_every_file_it_names_is_there():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"`((?:util|docs)/\w+\.\w+)`", README):
+    links, named = re.findall(r"\]\(((?!http)[^)]+)\)", README), re.findall(r"`((?:util|docs)/\w+\.\w+)`", README)
+    for path in links + named:
         assert (ROOT / path).exists(), path
