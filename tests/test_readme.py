@@ -29,6 +29,7 @@ def test_a_snippet_runs(number, tmp_path, monkeypatch):
 
 
 def test_every_file_it_names_is_there():
-    links, named = re.findall(r"\]\(((?!http)[^)]+)\)", README), re.findall(r"`((?:util|docs)/\w+\.\w+)`", README)
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    named = re.findall(r"`((?:util|docs)/\w+\.\w+)`", README)
     for path in links + named:
         assert (ROOT / path).exists(), path
