@@ -28,7 +28,7 @@ from controller import PPO, Controller, EarlyStop
 from data import Confusion, Consistency
 from dyncell import Arch2, Genotype, VideoSegmenter, fold_batchnorm
 from ops import resize
-from util import compare, options, predict, weights
+from util import compare, options, predict, schedules, weights
 from util.cells import make_cell
 from util.costs import parameters
 from util.progress import Progress
@@ -36,7 +36,7 @@ from util.runs import average_gradients, batches, check_finite, float32, generat
 from util.stored import Stored
 
 
-# ---- the recipe: every hyper-parameter, and three schedules of it ----------------------------------------
+# ---- the recipe: every hyper-parameter --------------------------------------------------------------------
 
 def field(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
@@ -128,50 +128,15 @@ class Recipe(ForEndToEnd):
     key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances; 0: first of a clip only")
 
 
-# What differs from these defaults. short: cut to a CPU; the controller's rate is higher there, as the paper's
-# needs its 1000 samples (docs/ppo.md). smoke: only to see that everything runs.
-SHORT_PPO = dict(controller_lr=3e-3, controller_rollout=4, controller_replay=0, controller_epochs=4,
-                 controller_entropy=1e-3)
-SHORT = dict(
-    auxiliary_cell=False,
-    static_epochs=60, static_batch=8, static_crop=(360, 480), static_scale=(0.7, 1.4),
-    static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
-    input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2, search_batch=16,
-    early_stop_rule="average", **SHORT_PPO,
-    cells=1, cell=("attention", "decoder"),
-    cell_epochs=24, cell_mirrored=True, cell_dropout=0.4, cell_batch=8,
-    end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
-SMOKE = dict(
-    auxiliary_cell=False, gradient_norm=0,
-    static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0,
-    input_pad=0, cell_layers=2, search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2,
-    early_stop_rule="average",
-    cell_epochs=1, cell_dropout=0.1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
+# What differs from these defaults. The schedules short and smoke, made for a CPU, are in util/schedules.py.
 SCHEDULES = {
     ("camvid", "paper"): {},
-    ("camvid", "short"): SHORT,
-    ("camvid", "smoke"): SMOKE,
     ("cityscapes", "paper"): dict(
         static_epochs=1000, static_batch=28, static_crop=(800, 800), validate_every=50,
         sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0,
         cell_layers=4, search_epochs=10,
         cell_epochs=200, end_epochs=200, end_crop=(769, 769), key_frames=(0,)),
-    ("cityscapes", "short"): dict(
-        SHORT, sequence_length=2, input_longer_side=1024, input_crop=512, cell_layers=4, key_frames=(0,)),
-    ("cityscapes", "smoke"): dict(SMOKE, sequence_length=2, input_longer_side=1024, input_crop=512),
-    ("synthetic", "paper"): dict(
-        encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),
-    ("synthetic", "short"): dict(
-        encoder_weights="none", auxiliary_cell=False, gradient_norm=0,
-        static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
-        static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
-        input_pad=0, cell_layers=3,
-        search_strategy="both", search_candidates=48, search_epochs=1, search_batch=8,
-        early_stop_rule="average", controller_lr=3e-3, controller_rollout=2, controller_replay=0,
-        controller_epochs=2, controller_entropy=1e-2,
-        cells=1, median_cell=True, cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128),
-        end_mirrored=False, key_frames=(0,)),
-    ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
+    **schedules.SCHEDULES,
 }
 
 
