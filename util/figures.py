@@ -1,4 +1,4 @@
-"""Figs. 3, 4, 5 and 7 of the paper and the training curves, drawn from a run's folder alone (Pillow only).
+"""Figs. 3, 4, 5 and 7 of the paper, its Table 5 and the training curves, drawn from a run's folder alone.
 
     python -m util.figures RUN       draws every figure whose input is there into RUN/figures
 
@@ -9,6 +9,7 @@
     curve-finetune.png    baseline.pt, cell-K*.pt        losses on the full training split (Sect. 4.2)
     fig7-cell-K.png       cell-K.pt                      the found cells as diagrams
     fig5-examples.png     examples.pt                    image, ground truth, baseline, cell (Figs. 5 and 6)
+    table5-miou.png       results.json                   mIoU of every network, of each seed and in the mean
 
 In the order of the file: label maps in colour, a canvas, a plot, the figures, the run folder. Colours are
 Okabe and Ito's, which the colour-blind can tell apart. A shape, a dash or a word always repeats what a
@@ -447,6 +448,43 @@ def series(epochs, key, unit=1):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Table 5
+
+def table(results):
+    """[ours] Table 5's mIoU as a picture, from the content of results.json. Of several key-frame distances
+    the first is drawn."""
+    split, lines, distances = results["reported"], {}, {}         # title: mIoU of each seed in %; distance
+    for row in results["rows"]:
+        every = distances.setdefault(row["title"], row["key_frame_every"])
+        if every == row["key_frame_every"] and row[split]["miou"] is not None:
+            lines.setdefault(row["title"], []).append(100 * row[split]["miou"])
+    left, top = 44 + max(map(text_width, lines), default=0), 92
+    right, bottom = left + 540, top + 20 + 30 * len(lines)
+    canvas = Canvas(right + 120, bottom + 60)
+    canvas.text(20, 26, f"mIoU on {split}, %", 20)
+    canvas.text(20, 58, "rings: seeds; bar: their mean; dashed: the baseline trained as long", colour=GREY)
+    ticks = round_ticks([value for values in lines.values() for value in values], 8)
+
+    def x(value):
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
+
+    for value in ticks:
+        canvas.line([(x(value), top), (x(value), bottom)], LIGHT, 1)
+        canvas.text(x(value), bottom + 9, f"{value:.6g}", anchor="ma")
+    for k, (title, values) in enumerate(lines.items()):
+        y, mean = top + 25 + 30 * k, np.mean(values)
+        if title == "per-frame baseline, trained as long":
+            canvas.line([(x(mean), top), (x(mean), bottom)], VERMILLION, 2, (6, 4))
+        canvas.text(left - 16, y, title, anchor="rm")
+        canvas.line([(x(mean), y - 11), (x(mean), y + 11)], BLUE, 4)
+        for value in values:
+            canvas.mark("ring", INK, x(value), y)
+        deviation = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        canvas.text(right + 16, y, f"{mean:.1f}{deviation}")
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Figs. 5 and 6: examples
 
 def examples(saved):
@@ -688,6 +726,9 @@ def draw_evaluate(folder):
     saved = content(folder / "examples.pt")
     if saved and len(saved["names"]):
         yield "fig5-examples", examples(saved)
+    results = content(folder / "results.json")
+    if "reported" in results:                # else the evaluation is not finished
+        yield "table5-miou", table(results)
 
 
 STAGES = {"pretrain": draw_pretrain, "search": draw_search, "finetune": draw_finetune,
@@ -711,7 +752,7 @@ def draw(folder, stage=None, again=True):
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m util.figures",
-        description="Draws Figs. 3, 4, 5 and 7 and the training curves of runs of train.py into "
+        description="Draws Figs. 3, 4, 5 and 7, Table 5 and the training curves of runs of train.py into "
                     "RUN/figures, as far as the runs have made their inputs. Takes seconds.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/synthetic")
     for folder in parser.parse_args(arguments).runs:

@@ -58,6 +58,15 @@ def example():
             "palette": synthetic.palette.tolist(), "cell_name": "cell-0"}
 
 
+def row(title, miou, every=0):
+    return {"title": title, "key_frame_every": every, "test": {"miou": miou}}
+
+
+RESULTS = {"reported": "test", "rows": [
+    row("per-frame baseline, trained as long", 0.5, 1), row("cell", 0.7), row("cell", 0.9, 10), row("cell", 0.6),
+    row("nothing labelled", None)]}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's folder with everything in it."""
@@ -74,11 +83,12 @@ def run(tmp_path_factory):
     training(folder / "cell-decoder.pt", 4, genotype="decoder")           # no cell, so no diagram
     shutil.copy(folder / "cell-0.pt", folder / "cell-0-without-past.pt")  # no diagram of its own
     torch.save(example(), folder / "examples.pt")
+    (folder / "results.json").write_text(json.dumps(RESULTS))
     return folder
 
 
 BY_STAGE = {"pretrain": ["curve-pretrain"], "search": ["fig3-rewards", "fig4-sampling"],
-            "finetune": ["curve-finetune", "fig7-cell-0", "fig7-cell-1"], "evaluate": ["fig5-examples"]}
+            "finetune": ["curve-finetune", "fig7-cell-0", "fig7-cell-1"], "evaluate": ["fig5-examples", "table5-miou"]}
 
 
 def test_every_figure_is_drawn_and_not_blank(run):
@@ -87,7 +97,7 @@ def test_every_figure_is_drawn_and_not_blank(run):
     assert sorted((run / "figures").iterdir()) == sorted(paths)           # nothing half-written is left
     for path in paths:
         image = Image.open(path)
-        assert image.mode == "RGB" and min(image.size) >= 300
+        assert image.mode == "RGB" and min(image.size) >= 200
         colours = {colour: count for count, colour in image.getcolors(1 << 24)}
         assert len(colours) > 20 and colours[255, 255, 255] < 0.99 * image.width * image.height, path
     for stage, names in BY_STAGE.items():                                 # a stage draws its own
@@ -110,7 +120,7 @@ def test_what_is_missing_is_left_out(tmp_path):
 
 def test_the_command(run, tmp_path, capsys):
     figures.main([str(run)])
-    assert capsys.readouterr().out.count(".png\n") == 7
+    assert capsys.readouterr().out.count(".png\n") == 8
     with pytest.raises(SystemExit):
         figures.main(["--help"])
     assert "python -m util.figures" in capsys.readouterr().out
@@ -362,7 +372,23 @@ def test_a_cell_is_drawn_with_its_colours():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Fig. 5, label maps
+# Table 5, Fig. 5, label maps
+
+def test_the_table_has_a_ring_per_seed_and_a_bar_at_the_mean(tmp_path):
+    """Read off the picture: ticks are at 50, 52, ..., 70 % (540 pixels)."""
+    canvas = figures.table(RESULTS)
+    pixels, left = np.array(canvas.finished()), canvas.width - 120 - 540
+    for y, rings, bar in ((117, [50], 50), (147, [60, 70], 65)):
+        for k in range(50, 71):
+            x = left + 27 * (k - 50)
+            ring, middle = pixels[y, x - 5:x + 6], pixels[y - 9, x]
+            assert ((ring == figures.INK).all(-1).sum() >= 2) == (k in rings), (y, k)
+            assert (middle == figures.BLUE).all() == (k == bar), (y, k)
+    dashed = pixels[130:, left - 1:left + 2].astype(int)                  # below the baseline's bar
+    assert (dashed[..., 0] > dashed[..., 2] + 60).any(-1).sum() > 10 and canvas.height == 92 + 20 + 2 * 30 + 60
+    (tmp_path / "results.json").write_text(json.dumps({"rows": RESULTS["rows"]}))         # not finished
+    assert figures.draw(tmp_path) == []
+
 
 def test_examples_show_the_maps():
     saved = example()
