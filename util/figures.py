@@ -458,6 +458,7 @@ def table(results):
         every = distances.setdefault(row["title"], row["key_frame_every"])
         if every == row["key_frame_every"] and row[split]["miou"] is not None:
             lines.setdefault(row["title"], []).append(100 * row[split]["miou"])
+    baseline = [row["title"] for row in results["rows"] if row["name"] == "baseline"]
     left, top = 44 + max(map(text_width, lines), default=0), 92
     right, bottom = left + 540, top + 20 + 30 * len(lines)
     canvas = Canvas(right + 120, bottom + 60)
@@ -473,7 +474,7 @@ def table(results):
         canvas.text(x(value), bottom + 9, f"{value:.6g}", anchor="ma")
     for k, (title, values) in enumerate(lines.items()):
         y, mean = top + 25 + 30 * k, np.mean(values)
-        if title == "per-frame baseline, trained as long":
+        if title in baseline:
             canvas.line([(x(mean), top), (x(mean), bottom)], VERMILLION, 2, (6, 4))
         canvas.text(left - 16, y, title, anchor="rm")
         canvas.line([(x(mean), y - 11), (x(mean), y + 11)], BLUE, 4)
