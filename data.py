@@ -203,11 +203,12 @@ class Confusion:
             raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have the same "
                              "shape")
         C, counted = self.num_classes, label != IGNORE
-        label, pred = label[counted].long(), pred[counted].long()         # (N,)
+        label, pred = label.long(), pred.long()
         for values in (label, pred):
-            if len(values) and not 0 <= values.min() <= values.max() < C:
+            if (counted & ((values < 0) | (values >= C))).any():
                 raise ValueError(f"a label or prediction is not one of the {C} classes")
-        counts = torch.bincount(C * label + pred, minlength=C * C).reshape(C, C)
+        pair = torch.where(counted, C * label + pred, C * C)              # C * C: those left out
+        counts = torch.bincount(pair.flatten(), minlength=C * C + 1)[:-1].reshape(C, C)
         self.matrix = counts if self.matrix is None else self.matrix + counts
 
     def scores(self):

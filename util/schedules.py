@@ -27,7 +27,7 @@ DEMO = dict(
     static_epochs=10, static_batch=16, static_crop=(96, 128), static_scale=(0.8, 1.25),
     static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
     input_pad=0, cell_layers=3,
-    search_strategy="both", search_candidates=48, search_epochs=1, search_batch=8,
+    search_strategy="both", search_candidates=64, search_epochs=1, search_batch=8,
     early_stop_rule="average", controller_lr=3e-3, controller_rollout=2, controller_replay=0,
     controller_epochs=2, controller_entropy=1e-2,
     cells=1, median_cell=True, cell=("concat",), cell_epochs=8, end_epochs=1, end_crop=(96, 128),
