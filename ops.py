@@ -69,7 +69,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     cout, cin_group, kh, kw = weight.shape
     Ho, Wo = offset.shape[2:]
     taps, groups, G = kh * kw, cin // cin_group, offset.shape[1] // (2 * kh * kw)
-    part = _images_at_once(input)
+    part = _images_at_once(input, cin * taps * Ho * Wo)
     if part < B:
         masks = [None] * B if mask is None else mask.split(part)
         parts = zip(input.split(part), offset.split(part), masks)
@@ -97,15 +97,16 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     return out if bias is None else out + bias[:, None, None]
 
 
-def _images_at_once(images):
-    """How many images deform_conv2d processes at a time: on a CPU one per thread, elsewhere all.
+def _images_at_once(images, samples):
+    """How many images, of `samples` samples each, deform_conv2d processes at a time: on a CPU a million
+    samples, or one image per thread; elsewhere all.
 
-    On a CPU the samples of an image (7 MB for 64 channels of 50 x 60) are then still in the cache when the
-    mask and the matrix product read them. Forward and backward take 0.78 of the time. A compiled or traced
-    graph processes all images at once."""
+    On a CPU the samples (7 MB for an image of 64 channels of 50 x 60) are then still in the cache when the
+    mask and the matrix product read them. Forward and backward take 0.78 of the time; small maps lose by
+    many parts. A compiled or traced graph processes all images at once."""
     if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return images.shape[0]
-    return torch.get_num_threads()
+    return max(torch.get_num_threads(), 1_000_000 // samples)
 
 
 def _pair(value, name):

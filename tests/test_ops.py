@@ -309,9 +309,9 @@ def test_deform_conv2d_at_whole_offsets(geometry):
 
 
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
-@pytest.mark.parametrize("threads, parts", [(1, 5), (2, 3), (4, 2), (5, 1)])
-def test_deform_conv2d_in_parts(monkeypatch, threads, parts, with_mask):
-    """On a CPU as many images at a time as there are threads: values and gradients as of each image alone."""
+@pytest.mark.parametrize("at_once, parts", [(1, 5), (2, 3), (4, 2), (5, 1), (9, 1)])
+def test_deform_conv2d_in_parts(monkeypatch, at_once, parts, with_mask):
+    """On a CPU a few images at a time: values and gradients as of each image alone."""
     case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items()}
     if not with_mask:
         del case["mask"]
@@ -328,13 +328,25 @@ def test_deform_conv2d_in_parts(monkeypatch, threads, parts, with_mask):
         return sample(x, *where)
 
     monkeypatch.setattr(ops, "sample_bilinear", counted)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    asked = []
+    monkeypatch.setattr(ops, "_images_at_once", lambda images, samples: asked.append(samples) or at_once)
     actual = ops.deform_conv2d(**case, **where)
-    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= threads
+    channels, taps = case["input"].shape[1], case["weight"].shape[2:].numel()
+    assert set(asked) == {channels * taps * 2 * 3}                        # 2 x 3 output pixels
+    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= at_once
     close(actual, expected.detach())
     gradients = [torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)]
     for a, e in zip(*gradients, strict=True):
         close(a, e)
+
+
+@pytest.mark.parametrize("threads, height, width, at_once", [
+    (1, 45, 60, 1), (2, 45, 60, 2), (8, 45, 60, 8), (2, 23, 30, 2), (2, 12, 16, 9), (2, 3, 4, 144)])
+def test_images_at_once(monkeypatch, threads, height, width, at_once):
+    """A million samples (64 channels, 9 taps), but one image per thread at least; not on a CPU: all."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert ops._images_at_once(torch.empty(16, 64, height, width), 64 * 9 * height * width) == at_once
+    assert ops._images_at_once(torch.empty(16, 64, height, width, device="meta"), 1) == 16
 
 
 def test_deform_conv2d_empty_batch():
