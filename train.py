@@ -177,6 +177,11 @@ def update(loss, optimizers, done, power, world=1, norm=0.0):
         optimizer.step()
 
 
+def adam(cell, lr, weight_decay):
+    """The optimiser of a cell (Sect. 4.1, 4.2). fused: all of its parameters in one call."""
+    return torch.optim.Adam(cell.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
 # ---- Sect. 6: the static network --------------------------------------------------------------------------
 
 def pretrain(run):
@@ -297,7 +302,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
     entry["parameters"] = parameters(cell)
     worth = compare.latency_worth(run, cell, static, stored, entry)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr, weight_decay=r.weight_decay)
+    optimizer = adam(cell, r.cell_lr, r.weight_decay)
     rng, steps, losses = generator(r.seed, "crop", k), [], []
     for epoch in range(r.search_epochs):
         steps += batches(len(windows), r.search_batch, generator(r.seed, "candidate", k, epoch))
@@ -397,7 +402,7 @@ def finetune_cell(run, network, static, stored, windows):
     r = run.recipe
     print(f"{network.name}: {network.genotype}")
     cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=r.cell_lr, weight_decay=r.weight_decay)
+    optimizer = adam(cell, r.cell_lr, r.weight_decay)
     for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer], network):
         cell.train()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
@@ -422,8 +427,7 @@ def finetune_end_to_end(run, network):
                                   weight_decay=r.weight_decay)]
     if video.cell is not None:
         parts["cell"] = video.cell
-        optimizers.append(torch.optim.Adam(video.cell.parameters(), lr=r.end_lr_cell,
-                                           weight_decay=r.weight_decay))
+        optimizers.append(adam(video.cell, r.end_lr_cell, r.weight_decay))
     for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers, network):
         video.train()
         video.static.eval()

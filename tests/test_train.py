@@ -631,7 +631,7 @@ def test_all_cells_are_trained_alone_before_end_to_end_which_finds_the_memory_fr
 
 @pytest.mark.parametrize("training", ["pretrain", "candidate", "cell", "end to end"])
 def test_a_step_does_not_look_at_its_loss(run, untrained, network, monkeypatch, training):
-    """A look makes a GPU wait. (Adam reads its own count of steps, which never is on the GPU.)"""
+    """A look makes a GPU wait."""
     looks, steps, update, backward = [], [], train.update, torch.Tensor.backward
 
     def watch(name):

@@ -224,7 +224,7 @@ def frame_costs(run, video):
     _, state = video.step(image)
     calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
              "ms_later_frame": lambda: video.step(image, state)}
-    ms = milliseconds_in_turn(calls, repeats=15)
+    ms = milliseconds_in_turn(calls, repeats=9)
     return {**ms, "multiply_adds": multiply_adds(calls["ms_later_frame"])}
 
 
