@@ -77,10 +77,12 @@ class Sequences:
 
     def __call__(self, name, t):
         x = self.maps[name][self.rows[:, t]]
+        if name != "labels":
+            x = x.float()                                         # bf16's autocast can't stack half precision
         for axis, places in zip((-2, -1), self.places):
             if places:
                 step, size = 32 // STRIDE[name], math.ceil(self.crop / STRIDE[name])
                 x = torch.stack([one.narrow(axis, step * place, size) for one, place in zip(x, places)])
         if name == "labels":
             return x
-        return F.dropout2d(x.float().contiguous(memory_format=torch.channels_last), self.dropout)
+        return F.dropout2d(x.contiguous(memory_format=torch.channels_last), self.dropout)

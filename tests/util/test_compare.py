@@ -322,7 +322,7 @@ def test_every_stage_runs_on_a_real_layout(dataset, length, make, monkeypatch, t
     flags = ("--schedule smoke --encoder-weights none --search-batch 2 --cell-batch 2 --static-batch 4 "
              "--meta-val-share 0.25 --cells 1 --search-candidates 2 --no-without-past").split()
     if dataset == "cityscapes":
-        flags += ["--input-longer-side", "96"]
+        flags += "--input-longer-side 96 --input-crop 64".split()
     folders = "--data", str(tmp_path / "data"), "--run", str(tmp_path / "run")
     train.main(["--dataset", dataset, *folders, *flags])
     results, out = results_of(tmp_path / "run"), capsys.readouterr().out

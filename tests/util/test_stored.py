@@ -46,13 +46,14 @@ def test_frames_that_are_no_larger_than_the_crop_are_not_cropped_and_nothing_is_
 def test_a_sequence_of_large_frames_is_cropped_at_a_random_place_its_own(height, width, crop):
     """All of its maps and frames at the same place; every multiple of 32 pixels is one."""
     stored, rng, places = stored_of(WINDOWS, height, width, crop), torch.Generator().manual_seed(0), []
-    for _ in range(40):
+    for autocast in [False, True] * 20:                                  # a cell is trained under autocast
         sequences = stored.pick(WINDOWS, rng)
         top, left = (sequences("layer2", 0)[:, channel, 0, 0].int().tolist() for channel in (1, 2))
         places += zip(top, left)
         for t, numbers in enumerate(WINDOWS.T):
             for name, whole in maps_of(numbers, height, width).items():
-                found, step, size = sequences(name, t), STRIDE[name], crop // STRIDE[name]
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found, step, size = sequences(name, t), STRIDE[name], crop // STRIDE[name]
                 for b in range(len(WINDOWS)):
                     row, col = top[b] // step, left[b] // step
                     assert torch.equal(found[b], whole[b, ..., row:row + size, col:col + size])
