@@ -459,7 +459,8 @@ class Run:
 
     def save(self, name, parts, **more):
         if self.rank == 0:
-            states = {part: module.state_dict() for part, module in parts.items()}
+            states = {part: {key: value.cpu() for key, value in module.state_dict().items()}
+                      for part, module in parts.items()}          # so torch.load opens a GPU's file anywhere
             if "optimizers" not in more and "static" in states:   # auxiliary heads are not needed now
                 states["static"] = {key: value for key, value in states["static"].items()
                                     if not key.startswith("auxiliary.")}

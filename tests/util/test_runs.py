@@ -414,6 +414,15 @@ def test_data_that_moved_are_the_same_and_others_are_refused(tmp_path, change, f
 
 # ---- the device
 
+def test_a_file_made_on_another_device_opens_without_it(monkeypatch, tmp_path):
+    """The other device is "meta", whose tensors have no content to bring here."""
+    brought = torch.ones(1, 2)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: brought.clone() if x.device.type == "meta" else x)
+    run = Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
+    run.save("cell", {"cell": torch.nn.Linear(2, 1, bias=False, device="meta")})
+    assert torch.equal(torch.load(tmp_path / "cell.pt")["cell"]["weight"], brought)
+
+
 @pytest.mark.parametrize("name, expected", [
     ("cuda:1", ["set cuda:1", "zeros on cuda:1"]), ("cuda", ["zeros on cuda"]),
     ("cpu", ["zeros on cpu", "keep freed memory"])])
