@@ -598,14 +598,15 @@ def test_what_was_lost_of_a_finished_run_is_made_again(smoke, small, tmp_path):
     assert_same(folder, smoke)
 
 
-def killed_again_and_again(smoke, tmp_path, kills, seed=0):
-    """Starts the run, kills it after a random time, and again. Returns the stages in which kills came."""
+def killed_again_and_again(smoke, tmp_path, kills, everywhere=False, seed=0):
+    """Starts the run, kills it after a random time, and again; everywhere=True: also until a kill came in each
+    stage, which is a matter of the machine's speed. Returns the stages in which kills came."""
     signals = signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM
     rng, folder, stages, starts = random.Random(seed), copy_of(smoke, tmp_path / "0", "nothing"), [], 0
     while True:
         starts += 1
         kill = None
-        if len(stages) < kills:
+        if len(stages) < kills or everywhere and set(stages) != set(train.STAGES):
             kill = rng.uniform(0, rng.choice((1.0, 3.0))), signals[len(stages) % 4]     # a whole run: 4 s
         ended = start(folder, kill=kill)
         assert ended.status in (0, -9, 130, 143), ended.output[-3000:]
@@ -626,8 +627,7 @@ def test_a_run_that_is_killed_3_times_ends_with_the_same_numbers(smoke, tmp_path
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_50_times_in_all_stages_ends_with_the_same_numbers(smoke, tmp_path):
-    stages = killed_again_and_again(smoke, tmp_path, 50, seed=1)
-    assert set(stages) == set(train.STAGES), stages
+    assert len(killed_again_and_again(smoke, tmp_path, 50, everywhere=True, seed=1)) >= 50
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(smoke, tmp_path):
