@@ -21,8 +21,8 @@ SMOKE = dict(
     early_stop_rule="average",
     cell_epochs=1, cell_dropout=0.1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 
-# The demo, python train.py. Its frames have 96x128 pixels, and to be done in four minutes it trains on crops of
-# three quarters of them. Mirror images would turn its camera the other way.
+# The demo, python train.py. Its frames have 96x128 pixels; to be done in four minutes it trains on crops.
+# Mirror images would turn its camera the other way.
 DEMO = dict(
     encoder_weights="none", auxiliary_cell=False, gradient_norm=0,
     static_epochs=10, static_batch=16, static_crop=(96, 96), static_scale=(0.8, 1.25),

@@ -599,8 +599,8 @@ def test_what_was_lost_of_a_finished_run_is_made_again(smoke, small, tmp_path):
 
 
 def killed_again_and_again(smoke, tmp_path, kills, everywhere=False, seed=0):
-    """Starts the run, kills it after a random time, and again; everywhere=True: also until a kill came in each
-    stage, which is a matter of the machine's speed. Returns the stages in which kills came."""
+    """Starts the run, kills it after a random time, and again; everywhere=True: also until a kill came in
+    each stage, which is a matter of the machine's speed. Returns the stages in which kills came."""
     signals = signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM
     rng, folder, stages, starts = random.Random(seed), copy_of(smoke, tmp_path / "0", "nothing"), [], 0
     while True:
