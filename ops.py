@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.costs import megabytes_kept, milliseconds_in_turn, multiply_adds, parameters, usable_device
+from util.errors import run_main
+
 
 # --------------------------------------------------------------------------------------------------
 # Sampling at fractional positions
@@ -382,11 +385,54 @@ AGGREGATIONS = {
 
 
 # --------------------------------------------------------------------------------------------------
+# The tables that `python ops.py` prints
+
+def print_costs(title, modules, inputs):
+    """Prints a row per module of {name: module}. Each is called with the same inputs, which must require a
+    gradient."""
+    def forward(module):
+        with torch.no_grad():
+            module(*inputs)
+
+    def forward_backward(module):
+        out = module(*inputs)
+        if out.requires_grad:                # the result of `zero` doesn't
+            out.sum().backward()
+
+    calls = {}
+    for name, module in modules.items():
+        calls[name, "forward"] = lambda module=module: forward(module)
+        calls[name, "both"] = lambda module=module: forward_backward(module)
+    ms = milliseconds_in_turn(calls, device=inputs[0].device)
+    print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms forward':>11} {'ms fwd+bwd':>11} "
+          f"{'MB kept':>8}")
+    for token, (name, module) in enumerate(modules.items()):
+        millions = multiply_adds(module, *inputs) / 1e6
+        print(f"{token:3} {name:20} {parameters(module):10,} {millions:12.1f} {ms[name, 'forward']:11.2f} "
+              f"{ms[name, 'both']:11.2f} {megabytes_kept(module, *inputs):8.1f}")
+
+
+def print_tables_1_and_2(device):
+    """Every operation and aggregation; then a plain and a deformable convolution on a whole batch."""
+    channels, size = 64, (45, 60)
+
+    def maps(count, batch, size):
+        return [torch.randn(batch, channels, *size).to(device).requires_grad_() for _ in range(count)]
+
+    torch.manual_seed(0)
+    operations = {name: make(channels).to(device).eval() for name, make in OPERATIONS.items()}
+    aggregations = {name: make(channels).to(device).eval() for name, make in AGGREGATIONS.items()}
+    print(f"At {channels} channels, {size[0]} x {size[1]} (1/8 of a CamVid frame), batch 1, float32, device "
+          f"{device},\n{torch.get_num_threads()} threads. MB kept: memory that a forward pass keeps for "
+          "the backward pass,\nincluding its result.")
+    print_costs("Table 1: operations", operations, maps(1, 1, size))
+    print_costs("Table 2: aggregations", aggregations, maps(2, 1, size))
+    two = {name: operations[name] for name in ("conv3x3", "deform3x3")}
+    print_costs("batch 16, 50 x 60", two, maps(1, 16, (50, 60)))  # 1/8 of a padded frame (Sect. 4.1)
+
 
 def main(arguments=None):
     import argparse
-
-    from util.costs import print_tables_1_and_2, usable_device
     parser = argparse.ArgumentParser(
         description="Prints Tables 1 and 2: the cost of every operation and aggregation at 1/8 of a CamVid "
                     "frame. It takes about twenty seconds on one core.")
@@ -395,5 +441,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    from data import run_main
     run_main(main)

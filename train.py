@@ -7,7 +7,7 @@
     python train.py --help                                           every hyper-parameter and its section
 
 Read it from top to bottom beside the paper: the recipe, what every training does, Sect. 6, 4.1, 3.3, 4.2, and
-the evaluation. The same command again continues where it stopped, to the same result. util/runs.py does that;
+the evaluation. The same command again continues where it stopped, to the same result. experiment/runs.py does that;
 a reader needs only these words of it:
 
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
@@ -28,12 +28,12 @@ from controller import PPO, Controller, EarlyStop
 from data import Confusion, Consistency
 from dyncell import Arch2, Genotype, VideoSegmenter, fold_batchnorm
 from ops import resize
-from util import compare, options, predict, schedules, weights
-from util.cells import make_cell
+from experiment import networks, options, predict, schedules, table, weights
+from experiment.networks import make_cell
+from experiment.runs import average_gradients, batches, check_finite, float32, generator
+from experiment.stored import Stored
 from util.costs import parameters
 from util.progress import Progress
-from util.runs import average_gradients, batches, check_finite, float32, generator
-from util.stored import Stored
 
 
 # ---- the recipe: every hyper-parameter --------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Recipe(ForEndToEnd):
     key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances; 0: first of a clip only")
 
 
-# What differs from these defaults. The schedules short and smoke, made for a CPU, are in util/schedules.py.
+# What differs from these defaults. The schedules short and smoke, made for a CPU, are in experiment/schedules.py.
 SCHEDULES = {
     ("camvid", "paper"): {},
     ("cityscapes", "paper"): dict(
@@ -301,7 +301,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     r, (stored, windows) = run.recipe, meta_train
     cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
     entry["parameters"] = parameters(cell)
-    worth = compare.latency_worth(run, cell, static, stored, entry)
+    worth = table.latency_worth(run, cell, static, stored, entry)
     optimizer = adam(cell, r.cell_lr, r.weight_decay)
     rng, steps, losses = generator(r.seed, "crop", k), [], []
     for epoch in range(r.search_epochs):
@@ -331,7 +331,7 @@ def search(run):
     static = run.load("static").static
     meta_train = static_outputs(run, static, train), train
     meta_val = static_outputs(run, static, val, transformed=False), val
-    for strategy, log in compare.logs(run).items():
+    for strategy, log in table.logs(run).items():
         explore(run, strategy, log, static, meta_train, meta_val)
 
 
@@ -380,7 +380,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
 
 def finetune(run):
     """Every network of the table: first its cell alone, then all end to end. The baseline has no cell."""
-    missing = [network for network in compare.networks(run) if not run.finished(network.name)]
+    missing = [network for network in networks.networks(run) if not run.finished(network.name)]
     alone = [network for network in missing if network.genotype and not run.finished(f"{network.name}-alone")]
     if alone:
         static = run.load("static").static
@@ -484,17 +484,17 @@ def evaluate_video(run, video, split, key_frame_every=0, answers=None):
 
 def evaluate(run):
     """Table 5: every network on val and on the split that is reported (test; CityScapes: val)."""
-    table = compare.Table(run)
-    for network, distances in table.missing():                    # what no evaluation has scored before
+    rows = table.Table(run)
+    for network, distances in rows.missing():                    # what no evaluation has scored before
         video = run.load(network.name)
-        costs = {"parameters": parameters(video), **compare.frame_costs(run, video)}
+        costs = {"parameters": parameters(video), **table.frame_costs(run, video)}
         for every in distances:
-            answers, scores = table.answers(network, every), {}           # answers: for Figs. 5 and 6
+            answers, scores = rows.answers(network, every), {}           # answers: for Figs. 5 and 6
             for split in run.splits[1:]:
                 reported = split == run.splits[-1]
                 scores[split] = evaluate_video(run, video, split, every, answers if reported else None)
-            table.add(network, every, costs, scores)
-    table.finish(segment_clips)
+            rows.add(network, every, costs, scores)
+    rows.finish(segment_clips)
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def main(arguments=None):
         return predict.predict(command)
     with options.open_run(command) as run:
         for name in command.stages:
-            with compare.stage(run, name, command.stages) as missing:
+            with table.stage(run, name, command.stages) as missing:
                 if missing:
                     STAGES[name](run)
 

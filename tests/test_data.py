@@ -19,7 +19,8 @@ from whole_run import as_script
 
 import data
 import train
-from util import datasets
+
+from util import images
 from data import CamVid, CityScapes, Confusion, Consistency, Frame, Frames, InputError, Synthetic, sequences
 
 CAMVID = pathlib.Path(__file__).parents[2] / "shared" / "camvid"
@@ -372,15 +373,15 @@ def test_what_a_dataset_must_have_is_checked(monkeypatch, attributes, said):
             pass
 
     monkeypatch.setitem(data.DATASETS, "mine", Mine)
-    datasets.open_split("mine", None, "train")
+    data.open_split("mine", None, "train")
     for name, value in attributes.items():
         monkeypatch.setattr(Mine, name, value)
     with pytest.raises(InputError, match=said) as error:
-        datasets.open_split("mine", None, "train")
+        data.open_split("mine", None, "train")
     assert "\n" not in str(error.value)
     monkeypatch.delattr(Mine, "read")
     with pytest.raises(InputError, match="Mine.read: is not there|Mine"):
-        datasets.dataset_class("mine")
+        data.dataset_class("mine")
 
 
 @pytest.mark.parametrize("image, label, said", [
@@ -410,7 +411,7 @@ def test_an_image_is_turned_as_its_metadata_says(tmp_path):
             image = data.read_image(path)
             assert image.shape == ((30, 20, 3) if orientation > 4 else (20, 30, 3))
             assert image[corner].min() > 250
-            assert data.look_at_image(path) == image.shape[1::-1]
+            assert images.look_at_image(path) == image.shape[1::-1]
 
 
 def test_grey_palette_and_rgba_images_are_read(tmp_path):
@@ -424,7 +425,7 @@ def test_grey_palette_and_rgba_images_are_read(tmp_path):
     assert (data.read_image(tmp_path / "grey.png") == grey).all()
     assert (data.read_image(tmp_path / "rgba.png") == rgb).all()
     assert (data.read_image(tmp_path / "palette.png") == rgb).all()
-    label = data.read_label(tmp_path / "palette.png", np.arange(256))     # the indices, not the colours
+    label = images.read_label(tmp_path / "palette.png", np.arange(256))     # the indices, not the colours
     assert (label == np.arange(20).reshape(4, 5)).all()
 
 
@@ -787,7 +788,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, count):
     def read(reader, *more):
         try:
             pixels = reader(path, *more)
-            assert pixels.dtype == np.uint8 and 0 < pixels.size <= 3 * data.MAX_PIXELS
+            assert pixels.dtype == np.uint8 and 0 < pixels.size <= 3 * images.MAX_PIXELS
             return 1
         except InputError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error) and len(str(error)) < 400
@@ -796,13 +797,13 @@ def test_mutated_files_are_read_or_refused(tmp_path, count):
     for k in range(count):
         path.write_bytes(mutate(seeds[k % len(seeds)], rng))
         images += read(data.read_image)
-        labels += read(data.read_label, CamVid.IDS)
+        labels += read(images.read_label, CamVid.IDS)
     assert 0.1 * count < images < 0.9 * count and labels > 0              # both ends were reached
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(630, marks=pytest.mark.slow)])
 def test_mutated_animations_are_read_or_refused(tmp_path, count):
-    from util.predict import open_video
+    from experiment.predict import open_video
     rng, seeds, path, read = np.random.default_rng(1), [], tmp_path / "animation", []
     first, *rest = [Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)) for _ in range(4)]
     for kind in ("GIF", "WEBP", "PNG"):

@@ -22,8 +22,10 @@ from controller import EarlyStop
 from data import meta_split
 from dyncell import Arch2, Genotype, VideoSegmenter
 from train import Recipe, recipe_for, roll, static_outputs
-from util import compare, runs
-from util.compare import Network
+from experiment import networks, table
+from experiment import runs
+from experiment.networks import Network
+from util import files, images
 
 
 # ---- the recipe
@@ -426,7 +428,7 @@ def explored(run, monkeypatch):
         again = runs.Run(run.folder / folder, recipe, device="cpu")
         again._frames = run._frames
         train.explore(again, strategy, again.log("log.jsonl"), None, None, None)
-        log = runs.read_log(again.path("log.jsonl"))
+        log = files.read_log(again.path("log.jsonl"))
         for entry in log.values():
             entry.pop("seconds")
         path = again.path("controller.pt")
@@ -599,7 +601,7 @@ def test_end_to_end_is_by_two_optimisers_on_every_frame(run, untrained, network,
         assert isinstance(adam[0], torch.optim.Adam) and group["lr"] == run.recipe.end_lr_cell
         assert group["weight_decay"] == 1e-5
         assert same_parameters(group, video.cell.parameters())
-        alone = runs.load(run.path("x-alone.pt"))["cell"]
+        alone = files.load(run.path("x-alone.pt"))["cell"]
         assert all(torch.equal(value, alone[key]) for key, value in video.cell.state_dict().items()
                    if "running" not in key and "num_batches" not in key)
 
@@ -618,8 +620,8 @@ def test_all_cells_are_trained_alone_before_end_to_end_which_finds_the_memory_fr
         assert [there() for there in kept] == [None] * len(kept)
 
     run.save("static", {"static": untrained[0]}, history=[])
-    networks = [Network("baseline", ""), Network("a", "", GENOTYPE), Network("b", "", "decoder")]
-    monkeypatch.setattr(compare, "networks", lambda run: networks)
+    chosen = [Network("baseline", ""), Network("a", "", GENOTYPE), Network("b", "", "decoder")]
+    monkeypatch.setattr(networks, "networks", lambda run: chosen)
     monkeypatch.setattr(train, "finetune_cell", finetune_cell)
     monkeypatch.setattr(train, "finetune_end_to_end", finetune_end_to_end)
     train.finetune(run)
@@ -671,9 +673,9 @@ def test_a_step_does_not_look_at_its_loss(run, untrained, network, monkeypatch, 
 
 
 def test_end_to_end_the_static_network_learns_but_its_batch_norms_keep_their_statistics(smoke):
-    before = runs.load(smoke / "static.pt")["static"]
+    before = files.load(smoke / "static.pt")["static"]
     for name in ("baseline", "cell-0", "random-0"):
-        after = runs.load(smoke / f"{name}.pt")["static"]
+        after = files.load(smoke / f"{name}.pt")["static"]
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         assert "classifier.bias" in changed and not [key for key in changed if "running" in key]
         assert any(key.startswith("encoder.") for key in changed)

@@ -22,7 +22,8 @@ import data
 import dyncell
 import train
 from dyncell import Arch2
-from util import compare, runs
+from experiment import networks, table
+from experiment import runs
 
 ROOT, HERE = pathlib.Path(train.__file__).parent, pathlib.Path(__file__).parent
 ARGUMENTS = ("--schedule smoke --seed 2 --search-strategy both --static-epochs 3 --static-batch 8 "
@@ -54,7 +55,7 @@ def make_few(set_attribute):
     set_attribute(data.Synthetic, "SPLITS", {"train": (4, 4), "val": (1, 4), "test": (2, 4)})
     set_attribute(data.Synthetic, "SIZE", (48, 64))
     set_attribute(runs, "SAVE_SECONDS", 0)                                # a checkpoint after every epoch
-    set_attribute(compare, "milliseconds_in_turn", lambda calls, repeats: dict.fromkeys(calls, 1.0))
+    set_attribute(table, "milliseconds_in_turn", lambda calls, repeats: dict.fromkeys(calls, 1.0))
 
 
 def make_small(set_attribute):

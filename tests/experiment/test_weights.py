@@ -9,7 +9,7 @@ from whole_run import arguments_of, copy_of, small, smoke
 import train
 from data import InputError
 from dyncell import Arch2, MobileNetV2
-from util import weights
+from experiment import weights
 
 
 @pytest.fixture(scope="module")

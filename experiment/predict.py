@@ -14,15 +14,16 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 import data
-from data import InputError
 from dyncell import Arch2, VideoSegmenter, fold_batchnorm
-from util import figures, weights
-from util.cells import make_cell
-from util.compare import distance
+from experiment import weights
+from experiment.networks import make_cell
+from experiment.runs import best_device, flag
+from experiment.table import distance
+from util import charts, images
 from util.costs import usable_device
-from util.memory import told
+from util.errors import InputError, brief, told
+from util.files import fill, load, save
 from util.progress import Progress
-from util.runs import best_device, fill, flag, load, save
 
 ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
 VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".split()
@@ -46,14 +47,14 @@ def open_video(source):
     if is_video(source):
         raise InputError(f"{source}: is a video; extract its frames (mkdir frames; ffmpeg -i {source} "
                          "frames/%06d.png) and pass --input frames")
-    formats = (*data.FORMATS, "GIF", "WEBP")
-    data.read_image(source, formats)                              # raises InputError if it is broken
+    formats = (*images.FORMATS, "GIF", "WEBP")
+    images.read_image(source, formats)                              # raises InputError if it is broken
     animation, durations = Image.open(source, formats=formats), []
 
     def read(start=0):
         several = getattr(animation, "n_frames", 1) > 1
         if not several or animation.format == "MPO":              # a phone's photo with a preview
-            yield data.read_image(source, formats)
+            yield images.read_image(source, formats)
             return
         for k, frame in enumerate(ImageSequence.Iterator(animation)):
             pixels = np.array(frame.convert("RGB"))
@@ -65,7 +66,7 @@ def open_video(source):
         for image in read():
             count += 1
     except Exception as error:               # Pillow's decoders raise many kinds
-        reason = data.brief(error)
+        reason = brief(error)
         raise InputError(f"{source}: frame {count} cannot be decoded ({reason}); create it again") from None
     names = [source.stem] if count == 1 else [f"{source.stem}_{k:05d}" for k in range(count)]
     return Video(names, durations or [100], image.shape[1::-1], read, digest_of([source]))
@@ -88,7 +89,7 @@ def open_folder(folder):
             problems.append(f"{path}: would be written to the same file as {other.name}; rename or remove "
                             "one")
         try:
-            sizes[path] = data.look_at_image(path)
+            sizes[path] = images.look_at_image(path)
         except InputError as error:
             problems += error.args
         progress.update(k + 1)
@@ -103,7 +104,7 @@ def open_folder(folder):
         print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
 
     def read(start=0):
-        return map(data.read_image, paths[start:])
+        return map(images.read_image, paths[start:])
     return Video(list(names), [100] * len(paths), usual, read, digest_of(paths))
 
 
@@ -227,10 +228,10 @@ def predict(command):
         if k >= done:
             labels, name = labels.cpu().numpy(), f"{video.names[k]}.png"
             if ids is not None:
-                figures.save_png(output / "labelIds" / name, Image.fromarray(ids[labels]))
-            overlaid = Image.fromarray(figures.overlay(image, labels, palette))
-            figures.save_png(output / "overlay" / name, overlaid, "an overlay")
-            figures.save_indexed(output / "labels" / name, labels, palette)       # last: the frame is done
+                charts.save_png(output / "labelIds" / name, Image.fromarray(ids[labels]))
+            overlaid = Image.fromarray(charts.overlay(image, labels, palette))
+            charts.save_png(output / "overlay" / name, overlaid, "an overlay")
+            charts.save_indexed(output / "labels" / name, labels, palette)       # last: the frame is done
         progress.update(k + 1, frames_per_second=(k + 1 - start) / (time.time() - since))
     rare = animate(output, video)
     folders = "labels/ (indexed PNG, class numbers), " + ("labelIds/, " if ids is not None else "")
@@ -260,9 +261,9 @@ def write_classes(output, classes, palette):
     colours = [[int(part) for part in colour] for colour in palette]
     rows = [{"value": k, "name": name, "colour": colours[k]} for k, name in enumerate(classes)]
     save(output / "classes.json", rows)
-    canvas = figures.Canvas(480, 40 + 26 * len(classes))
-    canvas.height = 20 + canvas.legend(16, 20, 448, figures.class_legend(classes, colours)[:-1])
-    figures.save_png(output / "legend.png", canvas.finished(), "a legend")
+    canvas = charts.Canvas(480, 40 + 26 * len(classes))
+    canvas.height = 20 + canvas.legend(16, 20, 448, charts.class_legend(classes, colours)[:-1])
+    charts.save_png(output / "legend.png", canvas.finished(), "a legend")
 
 
 def animate(output, video):

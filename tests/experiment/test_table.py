@@ -1,4 +1,4 @@
-"""util/compare.py: which networks are trained and compared, what is added to a finished run, the table."""
+"""util/table.py: which networks are trained and compared, what is added to a finished run, the table."""
 import json
 import weakref
 
@@ -13,8 +13,10 @@ import train
 from data import InputError
 from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter
 from train import recipe_for
-from util import compare, runs
-from util.runs import Run
+from experiment import networks, table
+from experiment import runs
+from experiment.runs import Run
+from util import files
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def trained(run, name, layers):
 def names(run, **changes):
     for name, value in changes.items():
         setattr(run.recipe, name, value)
-    return [network.name for network in compare.networks(run)]
+    return [network.name for network in networks.networks(run)]
 
 
 def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named_ones(run):
@@ -56,7 +58,7 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
     write_log(run, "random.jsonl", CANDIDATES[:1])
     assert names(run, search_strategy="both", cells=3, cell=("warp", "decoder")) == [
         "baseline", "cell-0", "cell-0-without-past", "cell-1", "random-0", "cell-warp", "cell-decoder"]
-    found = compare.networks(run)
+    found = networks.networks(run)
     assert [network.name for network in found if not network.past] == ["cell-0-without-past"]
     assert [network.name for network in found if network.control] == [
         "baseline", "cell-0-without-past", "cell-decoder"]
@@ -69,17 +71,17 @@ def test_the_random_searchs_median_cell_keeps_its_name_too(run):
                                     for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
     assert names(run, search_strategy="random", cells=1, search_candidates=5, median_cell=True) == [
         "baseline", "random-0", "random-median-0"]
-    assert compare.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
+    assert networks.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
     trained(run, "random-median-0", BLIND)                                # of a shorter search
     assert names(run)[2:] == ["random-median-0", "random-median-1"]
-    assert compare.networks(run)[2].genotype == Genotype(BLIND)
+    assert networks.networks(run)[2].genotype == Genotype(BLIND)
 
 
 def test_the_rise_of_the_rewards_is_said_where_there_are_enough(run, capsys):
     run.recipe.search_strategy = "both"
     write_log(run, "search.jsonl", [("ok", reward / 10, BEST) for reward in (1, 3, 2, 4, 5, 5, 6, 8, 9)])
     write_log(run, "random.jsonl", CANDIDATES[:3])
-    compare.print_rise(run)
+    table.print_rise(run)
     assert capsys.readouterr().out == "mean reward of PPO's candidates, 2 at a time: 0.20 0.30 0.50 0.70\n"
 
 
@@ -89,21 +91,21 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
     write_log(run, "search.jsonl", CANDIDATES)
     assert names(run, cells=1, seeds=2) == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1",
                                             "cell-0-without-past", "cell-0-without-past-seed1"]
-    assert [network.seed for network in compare.networks(run)] == [0, 1, 0, 1, 0, 1]
+    assert [network.seed for network in networks.networks(run)] == [0, 1, 0, 1, 0, 1]
     assert names(run, seeds=1, without_past=False) == ["baseline", "cell-0"]
-    assert compare.networks(run)[1].genotype == Genotype(BEST)
+    assert networks.networks(run)[1].genotype == Genotype(BEST)
     assert names(run, without_past=True, search_candidates=1) == ["baseline", "cell-0"]
-    assert compare.networks(run)[1].genotype == Genotype(BLIND)
+    assert networks.networks(run)[1].genotype == Genotype(BLIND)
     write_log(run, "search.jsonl", CANDIDATES[1:2])
     with pytest.raises(InputError, match="search.jsonl: every candidate failed"):
-        compare.networks(run)
+        networks.networks(run)
 
 
 @pytest.mark.parametrize("file", ["cell-0", "cell-0-alone"])
 def test_a_cell_that_was_trained_keeps_its_name_when_a_better_one_is_found(run, file):
     trained(run, file, BLIND)
     write_log(run, "search.jsonl", CANDIDATES)
-    cells = {network.name: network.genotype for network in compare.networks(run) if network.genotype}
+    cells = {network.name: network.genotype for network in networks.networks(run) if network.genotype}
     best = Genotype(BEST)
     assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
 
@@ -118,7 +120,7 @@ def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
     """The best is the cell that is best on val, and no control."""
     out, results = (smoke.parent / "run.out").read_text(), results_of(smoke)
     rows = results["rows"]
-    log = [entry for entry in runs.read_log(smoke / "search.jsonl").values() if entry["status"] == "ok"]
+    log = [entry for entry in files.read_log(smoke / "search.jsonl").values() if entry["status"] == "ok"]
     best = Genotype.from_tokens(max(log, key=lambda entry: entry["reward"])["tokens"])
     assert [(row["name"], row["key_frame_every"]) for row in rows] == [
         ("static", 1), ("baseline", 1), ("cell-0", 0), ("cell-0", 3), ("cell-0-without-past", 0),
@@ -156,7 +158,7 @@ def test_the_share_of_differing_pixels_is_of_the_labelled_ones(run):
     other = [pred.clone() for pred in ours]
     other[0][0, :6], other[0][1] = 1, 1           # six labelled pixels, and a row of ignored ones
     answers = [[(k, pred, frames.labels[k]) for k, pred in enumerate(preds)] for preds in (ours, other)]
-    chosen = compare.differing_frames(frames, *answers, "cell-0")
+    chosen = table.differing_frames(frames, *answers, "cell-0")
     assert chosen["differ"][0] == 6 / 8 and chosen["names"][0] == "000_0000"
 
 
@@ -183,7 +185,7 @@ def test_examples_are_the_frames_that_differ_most_one_of_every_few(run, apart, e
             most = max(most, sum(there() is not None for there in living.values()))
 
     both = answers("baseline", 0), answers("cell", 1)
-    chosen = compare.differing_frames(frames, *both, "cell-0", apart=apart)
+    chosen = table.differing_frames(frames, *both, "cell-0", apart=apart)
     assert chosen["names"] == [f"{k // 4:03d}_{k % 4:04d}" for k in expected]
     assert chosen["cell"].sum((1, 2)).tolist() == [64 * (k % 4 + 1) for k in expected]
     assert most <= 2 * (8 // apart + 1) + 3                               # and those at hand
@@ -195,7 +197,7 @@ def test_examples_are_the_frames_that_differ_most_one_of_every_few(run, apart, e
 def test_mean_times_by_hand(run, monkeypatch, every, sequence, clip):
     """Table 5's: a key frame takes 10 ms, a later one 4. A sequence of three, clips of four and of eight."""
     monkeypatch.setattr(run.frames("test"), "clips", lambda: [list(range(4)), list(range(4, 12))])
-    means = compare.mean_times(run, {"ms_key_frame": 10.0, "ms_later_frame": 4.0}, every)
+    means = table.mean_times(run, {"ms_key_frame": 10.0, "ms_later_frame": 4.0}, every)
     assert means == pytest.approx({"ms_sequence": sequence, "ms_clip": clip})
 
 
@@ -218,8 +220,8 @@ def timed(run, monkeypatch):
             called.append((name, seen[0], seen[1:], rounded))
         return dict.fromkeys(calls, 1.0)
 
-    monkeypatch.setattr(compare, "milliseconds_in_turn", milliseconds_in_turn)
-    compare.frame_costs(run, video)
+    monkeypatch.setattr(table, "milliseconds_in_turn", milliseconds_in_turn)
+    table.frame_costs(run, video)
     return called
 
 
@@ -240,7 +242,7 @@ def test_what_is_compared_may_change_and_what_stands_stays(smoke, small, tmp_pat
     folder = copy_of(smoke, tmp_path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     rows = results_of(smoke)["rows"]
-    first = Genotype.from_json(runs.load(smoke / "cell-0.pt")["genotype"])
+    first = Genotype.from_json(files.load(smoke / "cell-0.pt")["genotype"])
     log = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
     worst, best = sorted(log, key=lambda entry: entry["reward"])[::3]
     worst["reward"], best["reward"] = 1.0, 0.9    # as if the search had found it later
@@ -249,7 +251,7 @@ def test_what_is_compared_may_change_and_what_stands_stays(smoke, small, tmp_pat
             "--cell", "decoder", "--key-frames", "0", "2"]
     train.main([*arguments_of(folder), *more])
 
-    assert len(runs.read_log(folder / "search.jsonl")) == 6
+    assert len(files.read_log(folder / "search.jsonl")) == 6
     out, results = capsys.readouterr().out, results_of(folder)
     assert "pretrain: nothing is missing" in out and "search: done in" in out
     new = results["rows"][len(rows):]
@@ -278,7 +280,7 @@ def test_named_cells_and_seeds_need_no_search(smoke, small, tmp_path, capsys):
     adds = {name: row["multiply_adds"] for name, row in rows.items()}
     assert adds["cell-decoder"] == adds["static"] > adds["cell-attention"]
     names = "static", "cell-attention", "cell-attention-alone", "cell-attention-seed1"
-    static, cell, alone, other = (runs.load(folder / f"{name}.pt") for name in names)
+    static, cell, alone, other = (files.load(folder / f"{name}.pt") for name in names)
     assert all(torch.equal(value, cell["static"][key]) for key, value in static["static"].items())
     assert all(torch.equal(value, cell["cell"][key]) for key, value in alone["cell"].items())
     assert rows["static"]["test"] == rows["baseline"]["test"] != rows["cell-attention"]["test"]
@@ -329,7 +331,7 @@ def test_every_stage_runs_on_a_real_layout(dataset, length, make, monkeypatch, t
     assert [row["name"] for row in results["rows"]] == ["static", "baseline", "cell-0"]
     assert results["reported"] == ("test" if dataset == "camvid" else "val")
     assert f"{results['reported']} split" in out and "the encoder starts from random weights" in out
-    assert runs.load(tmp_path / "run" / "recipe.json")["sequence_length"] == length
+    assert files.load(tmp_path / "run" / "recipe.json")["sequence_length"] == length
     figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert {"curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune"} <= figures
     assert {"fig5-examples", "fig7-cell-0"} <= figures

@@ -18,12 +18,10 @@ import ctypes
 import dataclasses
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
 import pathlib
-import pickle
 import signal
 import sys
 import time
@@ -32,11 +30,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:                          # Windows
+    fcntl = None
+
 import data
-from data import InputError
 from dyncell import Arch2, VideoSegmenter
-from util import datasets, weights
-from util.cells import as_text, make_cell
+from experiment import weights
+from experiment.networks import as_text, make_cell
+from util.errors import InputError, out_of_memory
+from util.files import fill, load, read_log, save
 from util.progress import Progress
 
 SAVE_SECONDS = 60                            # least time between checkpoints, which are made after epochs
@@ -51,75 +55,6 @@ def generator(*key):
 
 # ---------------------------------------------------------------------------------------------------------
 # Files
-
-def save(path, content):
-    """Writes a temporary file, flushes it and renames it, so that a file is complete or absent. A path that
-    ends in .json gets JSON, any other what torch.save writes."""
-    path = pathlib.Path(path)
-    beside, whole = path.with_name(path.name + ".writing"), io.BytesIO()
-    if path.suffix == ".json":
-        whole.write(json.dumps(content, indent=1).encode())
-    else:
-        torch.save(content, whole)
-    try:
-        with open(beside, "wb") as file:
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:                          # a full disk: the previous file is kept
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def load(path):
-    """The content that save() wrote. Raises InputError naming the file if it can't be read."""
-    path = pathlib.Path(path)
-    try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{path}: cannot be read ({reason}); restore it or use another --run") from None
-
-
-def fill(module, state, path):
-    """load_state_dict (strict). Raises InputError naming the file when it holds another network's state."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is the checkpoint of another network ({reason}); use another --run"
-                         ) from None
-
-
-def read_log(path, cut=False):
-    """The log of a search, in JSON lines -> {candidate: entry} in the file's order; {} if there is no file.
-
-    An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
-    the file. Its candidate is trained again, with the same result. Raises InputError for any other bad
-    line."""
-    if not path.exists():
-        return {}
-    whole, newline, torn = path.read_bytes().rpartition(b"\n")
-    if torn and cut:
-        print(f"{path}: the last line is incomplete and was removed")
-        with open(path, "r+b") as file:
-            file.truncate(len(whole + newline))
-    log = {}
-    try:
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            if entry["candidate"] in log or not {"tokens", "reward", "half_reward", "status"} <= entry.keys():
-                raise ValueError
-            log[entry["candidate"]] = entry
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{path}: a line is not a candidate's, or a candidate has two lines; restore the "
-                         "file or use another --run") from None
-    return log
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -319,14 +254,6 @@ class Log:
         return len(self.entries)
 
 
-def out_of_memory(error):
-    """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
-    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-             "CUDNN_STATUS_ALLOC_FAILED")
-    kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or any(text in str(error) for text in texts)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The run
 
@@ -352,7 +279,7 @@ class Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         set_tf32(False)
-        self.num_classes = len(datasets.dataset_class(recipe.dataset).classes)
+        self.num_classes = len(data.dataset_class(recipe.dataset).classes)
         self.splits = ("train", "val", "test")
         if recipe.dataset == "cityscapes":                        # its test labels are not public
             self.splits = ("train", "val")
@@ -400,7 +327,7 @@ class Run:
     # -- data and device
 
     def dataset(self, split):
-        return datasets.open_split(self.recipe.dataset, self.root, split)
+        return data.open_split(self.recipe.dataset, self.root, split)
 
     def frames(self, split):
         """The frames of a split. They are read at the first call."""
@@ -428,7 +355,7 @@ class Run:
         """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
 
         parts: the modules that are trained, {"static": module, "cell": module}. network: the
-        util/compare.py Network that is trained; needed if there is a cell. NAME.pt holds the states of the
+        experiment/networks.py Network that is trained; needed if there is a cell. NAME.pt holds the states of the
         parts, the history, the recipe and the cell's genotype, and, until the training is finished, the
         optimisers' states."""
         path, history, since, facts = self.path(f"{name}.pt"), [], time.time(), {}
@@ -467,7 +394,7 @@ class Run:
             if name == "static":
                 more["source"] = self.source()
             if "static" in states:           # more that predict needs
-                kind = datasets.dataset_class(self.recipe.dataset)
+                kind = data.dataset_class(self.recipe.dataset)
                 more.update(classes=list(kind.classes), palette=np.asarray(kind.palette).tolist(),
                             size=self._frames["train"].size if "train" in self._frames else None)
             save(self.path(f"{name}.pt"), {**states, **more, "recipe": dataclasses.asdict(self.recipe)})
@@ -602,11 +529,10 @@ def locked(run):
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.path("lock"), "w") as lock:
         try:
-            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{run.folder}: another process is working on this run; wait for it or use "
                              "another --run") from None
-        except (ImportError, OSError) as error:
+        except (AttributeError, OSError) as error:
             print(f"{run.folder}: can't be locked here ({error}); start one command at a time on it")
         yield

@@ -10,7 +10,11 @@ from whole_run import content_of, run_predict, small, smoke
 import data
 import train
 from data import InputError
-from util import figures, options, predict, runs
+from experiment import figures
+from experiment import options
+from experiment import predict
+from experiment import runs
+from util import files, charts
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def test_predict_writes_the_labels_that_evaluate_scores(smoke, frames_folder, tm
     out = tmp_path / "out"
     run_predict(smoke, frames_folder, out, "--network", "cell-0", "--key-frame-every", str(every))
     path = smoke / "recipe.json"
-    run = runs.Run(smoke, options.as_recipe(runs.load(path), path, train.Recipe), device="cpu")
+    run = runs.Run(smoke, options.as_recipe(files.load(path), path, train.Recipe), device="cpu")
     preds = [pred for _, pred, _ in train.segment_clips(run, run.load("cell-0"), "test", every)]
     written = sorted((out / "labels").iterdir())
     assert len(written) == len(data.Synthetic(None, "test").clips[0])
@@ -71,7 +75,7 @@ def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monk
     run_predict(smoke, frames_folder, tmp_path / "out")
     animation, said = Image.open(tmp_path / "out" / "overlay.webp"), capsys.readouterr().out
     assert animation.n_frames == 2 and animation.width == 32 and "one frame in 2" in said
-    best = runs.load(smoke / "results.json")["best"]
+    best = files.load(smoke / "results.json")["best"]
     assert f"predict: 4 frames by {best}, key frame first only" in said
 
 
@@ -107,7 +111,7 @@ def test_what_is_wrong_with_a_frame_is_said_before_the_work(smoke, frames_folder
 @pytest.mark.parametrize("network, every", [("static", 0), ("cell-0", 0), ("cell-0", 2)])
 def test_a_prediction_that_was_stopped_continues_to_the_same_pictures(
         smoke, frames_folder, tmp_path, monkeypatch, network, every):
-    flags, written = ("--network", network, "--key-frame-every", str(every)), figures.save_indexed
+    flags, written = ("--network", network, "--key-frame-every", str(every)), charts.save_indexed
     run_predict(smoke, frames_folder, tmp_path / "whole", *flags)
 
     def stop(path, *more):

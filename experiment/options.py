@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 import data
-from data import InputError
-from util import datasets, download, memory, weights
-from util.cells import cell_text
-from util.compare import SEARCHES
-from util.runs import Run, check_recipe, flag, load, locked, save
+from experiment import memory, weights
+from experiment.networks import SEARCHES, cell_text
+from experiment.runs import Run, check_recipe, flag, locked
+from util.errors import InputError
+from util.files import load, save
 
 CHOICES = {"early_stop_rule": ("as-in-18", "average"), "search_strategy": ("ppo", "random", "both")}
 MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay",
@@ -155,9 +155,9 @@ def check(recipe):
 def find_data(run):
     """Downloads the data if needed and possible, and checks it before anything is written. Raises one
     InputError with all problems."""
-    dataset, length = datasets.dataset_class(run.recipe.dataset), run.recipe.sequence_length
+    dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
-        download.fetch(dataset, run.root)
+        data.fetch(dataset, run.root)
     run.wait()
     try:
         splits = data.each(run.dataset, run.splits)

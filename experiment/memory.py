@@ -6,36 +6,14 @@ import pathlib
 import torch
 
 import data
-from data import InputError, brief
-from util.runs import out_of_memory
+from util.errors import REMEDY
 
-REMEDY = {
-    "pretrain": "lower --static-batch or --static-crop",
-    "search": "lower --search-batch or --input-crop",
-    "finetune": "lower --cell-batch, --end-crop or --input-crop",
-    "evaluate": "give smaller frames, or pass --device cpu if that has more",
-    "predict": "give smaller frames, or pass --device cpu if that has more",
-}
 
 # Bytes per pixel of a training step in float32; bf16 takes 0.6 of them. Measured on a CPU, as the peak of
 # the resident memory minus that before the step. STATIC: 2 and 4 images of 320x320. END_TO_END: as many
 # sequences of three, with `attention`. CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell
 # that needs most, per frame after the first.
 STATIC, END_TO_END, CELL = 3100, 2600, 600
-
-
-@contextlib.contextmanager
-def told(stage, device):
-    """A context for a stage: turns an out-of-memory error into an InputError that names the flags that
-    help."""
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        small = "" if stage in ("evaluate", "predict") else ", or take --schedule short, with another --run"
-        reason = brief(error).rpartition("Allocator: ")[2][:90]
-        raise InputError(f"{stage}: out of memory on {device} ({reason}); {REMEDY[stage]}{small}") from None
 
 
 def needed(recipe, half):

@@ -6,8 +6,11 @@ import warnings
 
 import torch
 
-from data import InputError, brief
+from util.errors import InputError, brief
 from util import download
+
+# torchvision's mobilenet_v2; the file's name ends with the first digits of its SHA-256.
+IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 
 FILES = "encoder_weights", "static"          # fields of the recipe that name such a file
 ENCODER = "--encoder-weights takes torchvision's mobilenet_v2 (its state_dict)"
@@ -107,7 +110,7 @@ def load_encoder(encoder, source):
         print("the encoder starts from random weights (--encoder-weights none): on real images this costs "
               "much accuracy")
         return
-    path = download.imagenet_weights() if source == "imagenet" else source
+    path = imagenet_weights() if source == "imagenet" else source
     _, state = find(path, "features.0.0.weight", ENCODER)
     try:
         encoder.load_imagenet(state)
@@ -134,12 +137,20 @@ def load_static(model, recipe, classes):
     print(f"static: starts from {path}" + ("" if same else "; its classes differ: new classifiers"))
 
 
+def imagenet_weights():
+    """The path of torchvision's mobilenet_v2 in torch.hub's folder, downloaded if it is missing. Raises
+    InputError."""
+    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
+    digits = path.stem.rpartition("-")[2]
+    return download.download(IMAGENET, path, "pass --encoder-weights FILE (or none)", sha256=digits)
+
+
 @functools.cache
 def digest(source):
     """The first digits of the SHA-256 of a file of weights. "imagenet" has known ones, "none" stays "none".
     None if the file can't be read."""
     if source == "imagenet":
-        return download.IMAGENET[-12:-4]
+        return IMAGENET[-12:-4]
     if source == "none":
         return source
     try:

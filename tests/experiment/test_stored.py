@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from util.stored import STRIDE, Stored
+from experiment.stored import STRIDE, Stored
 
 CHANNELS = {"layer2": 3, "layer3": 3, "layer4": 3, "dec": 4}
 

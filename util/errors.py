@@ -1,0 +1,94 @@
+"""Mistakes of the user, and how a script reports them: one line, exit status 2."""
+import contextlib
+import signal
+import sys
+
+import torch
+
+
+class InputError(ValueError):
+    """A mistake in the user's input. The message is one line that names the file or flag and the remedy.
+
+    A dataset may have many problems: InputError(*lines) gives their number and shows the first ten."""
+
+    def __str__(self):
+        if len(self.args) == 1:
+            return str(self.args[0])
+        first = ", the first ten" if len(self.args) > 10 else ""
+        return "\n  ".join([f"{len(self.args)} problems{first}:", *self.args[:10]])
+
+
+def each(function, splits):
+    """{split: function(split)}. Raises one InputError with the problems of all splits."""
+    results, problems = {}, []
+    for split in splits:
+        try:
+            results[split] = function(split)
+        except InputError as error:
+            problems += error.args
+    if problems:
+        raise InputError(*dict.fromkeys(problems))        # a problem of several splits appears once
+    return results
+
+
+def run_main(main):
+    """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
+    disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end the script with a short
+    message. Afterwards the previous signal handlers are restored."""
+    def stop(signum, _):
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(sys.stdout, "reconfigure"):   # an ASCII-only terminal shows ? in place of ±
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        main()
+    except (InputError, OSError) as error:
+        over_progress = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{over_progress}error: {in_words(error)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+
+def in_words(error):
+    """The message of an InputError, or of an OSError (full disk, read-only folder) with its remedy."""
+    if isinstance(error, (InputError, BrokenPipeError)):
+        return error
+    return f"{error}; choose another folder (--run, --output), or make room in this one"
+
+
+def brief(error):
+    """An exception's text, in one line and at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def out_of_memory(error):
+    """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
+    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+             "CUDNN_STATUS_ALLOC_FAILED")
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
+REMEDY = {
+    "pretrain": "lower --static-batch or --static-crop",
+    "search": "lower --search-batch or --input-crop",
+    "finetune": "lower --cell-batch, --end-crop or --input-crop",
+    "evaluate": "give smaller frames, or pass --device cpu if that has more",
+    "predict": "give smaller frames, or pass --device cpu if that has more",
+}
+
+
+@contextlib.contextmanager
+def told(stage, device):
+    """A context for a stage: turns an out-of-memory error into an InputError that names the flags that
+    help."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        small = "" if stage in ("evaluate", "predict") else ", or take --schedule short, with another --run"
+        reason = brief(error).rpartition("Allocator: ")[2][:90]
+        raise InputError(f"{stage}: out of memory on {device} ({reason}); {REMEDY[stage]}{small}") from None

@@ -1,0 +1,80 @@
+"""A file is complete or absent; JSON lines."""
+import io
+import json
+import os
+import pathlib
+import pickle
+
+import torch
+
+from util.errors import InputError
+
+
+def save(path, content):
+    """Writes a temporary file, flushes it and renames it, so that a file is complete or absent. A path that
+    ends in .json gets JSON, any other what torch.save writes."""
+    path = pathlib.Path(path)
+    beside, whole = path.with_name(path.name + ".writing"), io.BytesIO()
+    if path.suffix == ".json":
+        whole.write(json.dumps(content, indent=1).encode())
+    else:
+        torch.save(content, whole)
+    try:
+        with open(beside, "wb") as file:
+            file.write(whole.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:                          # a full disk: the previous file is kept
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def load(path):
+    """The content that save() wrote. Raises InputError naming the file if it can't be read."""
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{path}: cannot be read ({reason}); restore it or use another --run") from None
+
+
+def fill(module, state, path):
+    """load_state_dict (strict). Raises InputError naming the file when it holds another network's state."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: is the checkpoint of another network ({reason}); use another --run"
+                         ) from None
+
+
+def read_log(path, cut=False):
+    """The log of a search, in JSON lines -> {candidate: entry} in the file's order; {} if there is no file.
+
+    An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
+    the file. Its candidate is trained again, with the same result. Raises InputError for any other bad
+    line."""
+    if not path.exists():
+        return {}
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn and cut:
+        print(f"{path}: the last line is incomplete and was removed")
+        with open(path, "r+b") as file:
+            file.truncate(len(whole + newline))
+    log = {}
+    try:
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            if entry["candidate"] in log or not {"tokens", "reward", "half_reward", "status"} <= entry.keys():
+                raise ValueError
+            log[entry["candidate"]] = entry
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{path}: a line is not a candidate's, or a candidate has two lines; restore the "
+                         "file or use another --run") from None
+    return log

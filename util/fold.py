@@ -1,0 +1,37 @@
+"""Batch norms folded into the convolutions before them, for inference."""
+import copy
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold_batchnorm(module):
+    """A copy of the module in eval mode whose batch norms are folded into the convolutions before them.
+
+    It computes the same function as module.eval(), up to rounding. A batch norm that doesn't directly
+    follow an nn.Conv2d, as in Deformable, becomes a `Scale`: one multiply-add per value."""
+    holder = nn.Sequential(copy.deepcopy(module)).eval()  # the module may itself be a batch norm
+    for parent in list(holder.modules()):
+        before = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                if isinstance(parent, nn.Sequential) and isinstance(before, nn.Conv2d):
+                    setattr(parent, before_name, fuse_conv_bn_eval(before, child))
+                    setattr(parent, name, nn.Identity())
+                else:
+                    setattr(parent, name, Scale(child))
+            before_name, before = name, child
+    return holder.eval()[0]
+
+
+class Scale(nn.Module):
+    """A batch norm in eval mode: x * scale + shift, with one scale and one shift per channel."""
+
+    def __init__(self, bn):
+        super().__init__()
+        scale = bn.weight.detach() / (bn.running_var + bn.eps).sqrt()
+        self.scale = nn.Parameter(scale[:, None, None])
+        self.shift = nn.Parameter((bn.bias.detach() - bn.running_mean * scale)[:, None, None])
+
+    def forward(self, x):
+        return x * self.scale + self.shift
