@@ -1,14 +1,13 @@
 """The whole method: pretrain -> search -> finetune -> evaluate, each loop where the paper describes it.
 
     python train.py                                                  synthetic videos, minutes on a CPU
-    python train.py --dataset camvid --data DIR                      the paper's recipe (a GPU's work)
+    python train.py --dataset camvid --data DIR                      CamVid: the paper's recipe on a GPU
     python train.py --dataset camvid --data DIR --schedule short     the same steps, about two hours on a CPU
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
     python train.py --help                                           every hyper-parameter and its section
 
-Read it from top to bottom beside the paper: the recipe, what every training does, Sect. 6, 4.1, 3.3, 4.2, and
-the evaluation. The same command again continues where it stopped, to the same result. experiment/runs.py does that;
-a reader needs only these words of it:
+Read it from top to bottom beside the paper. The same command again continues where it stopped, to the same
+result. experiment/runs.py does that; a reader needs only these words of it:
 
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
     epoch.batches(n, size)             shuffled batches of 0..n-1, and the share of the training behind us
@@ -31,104 +30,96 @@ from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
 from experiment.networks import make_cell
 from experiment.runs import average_gradients, batches, check_finite, float32, generator
-from experiment.stored import Stored
 from util.costs import parameters
 from util.progress import Progress
 
 
 # ---- the recipe: every hyper-parameter --------------------------------------------------------------------
 
-def field(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-# The defaults are the paper's for CamVid; [ours] marks what it does not say. Each field is a flag. What a
-# stage makes depends on the fields of its class, its own and those of the stages before, and on nothing else.
-
-@dataclasses.dataclass
-class ForPretrain:
-    """Sect. 6: static pre-training."""
-    dataset: str = field("camvid", "camvid, cityscapes or synthetic")
-    seed: int = field(0, "every random choice comes from it")
-    encoder_weights: str = field("imagenet", "[ours]: imagenet (downloaded once), a file, or none")
-    static: str = field("none", "[ours]: a static network's file to begin from, classifiers anew where the "
-                        "classes differ; with --static-epochs 0 it is taken as it is")
-    static_epochs: int = field(2000, "Sect. 6: epochs of pre-training")
-    static_batch: int = field(32, "Sect. 6: images a batch")
-    static_crop: tuple[int, int] = field((600, 600), "Sect. 6: random crop, height and width")
-    static_scale: tuple[float, float] = field((0.5, 2.0), "Sect. 6: random scale, from and to")
-    static_lr_encoder: float = field(5e-2, "Sect. 6: learning rate of the encoder; SGD: [18]")
-    static_lr_decoder: float = field(1e-2, "Sect. 6: learning rate of the decoder")
-    momentum: float = field(0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD")
-    weight_decay: float = field(1e-5, "[18]: weight decay, in SGD and in Adam")
-    poly_power: float = field(0.9, "Sect. 6: rate * (1 - step / steps) ** power; the power: [ours]")
-    auxiliary_weight: float = field(0.3, "Sect. 6: weight of the auxiliary classifiers' losses")
-    auxiliary_cell: bool = field(True, "[18]: a contextual cell before each auxiliary classifier")
-    gradient_norm: float = field(3.0, "[18]: pre-training's gradients, clipped to this norm; 0: not")
-    loss_stride: int = field(4, "[ours]: every loss is taken at 1/4 of the image; 8: at the output's size")
+def field(stage, default, help, least=None, below=math.inf, choices=None):
+    """A field of the recipe, and so a flag. stage: the first one whose result depends on it. A number is above 0, or at least `least`, and smaller than `below`."""
+    return dataclasses.field(default=default, metadata=dict(
+        stage=stage, help=help, least=least, below=below, choices=choices))
 
 
 @dataclasses.dataclass
-class ForSearch(ForPretrain):
-    """Sect. 3.2, 3.3, 4.1: the search."""
-    sequence_length: int = field(3, "Sect. 4.1: consecutive frames in a training sequence")
-    input_longer_side: int = field(0, "Sect. 4.1: images are resized so; 0 leaves them (CityScapes: 1024)")
-    input_crop: int = field(600, "Sect. 4.1: and cropped to this square, each sequence at a random place")
-    input_pad: int = field(400, "Sect. 4.1: shorter side mean-padded to this: 480x360 -> 480x400; 0: no")
-    cell_layers: int = field(5, "Sect. 3.2: layers of a cell, L")
-    meta_val_share: float = field(0.1, "Sect. 4.1: share of the sequences that score the candidates")
-    search_epochs: int = field(20, "Sect. 4.1: epochs a candidate")
-    search_batch: int = field(48, "Sect. 4.1: sequences a batch")
-    cell_lr: float = field(8e-3, "Sect. 4.1, 4.2: Adam's rate, static network frozen (CityScapes: [ours])")
-    early_stop: bool = field(True, "Sect. 3.3: stop an un-promising candidate half way")
-    early_stop_rule: str = field("as-in-18", "Sect. 3.3: as done in [18]; [ours]: average, if below it")
-    early_stop_decay: float = field(0.9, "[ours]: decay of that average")
-    latency_weight: float = field(0.0, "[ours], Sect. 1's outlook: W of reward * (time / target) ** -W")
-    latency_target: float = field(0.0, "[ours]: that target, ms a frame of the cell; 0: the decoder's time")
-    controller_lr: float = field(1e-4, "Sect. 4.1: Adam's learning rate for the controller")
-    controller_clip: float = field(0.1, "[18]: PPO's clip")
-    controller_baseline_decay: float = field(0.95, "[18]: decay of the reward's running mean")
-    controller_rollout: int = field(1, "[18]: candidates an update")
-    controller_replay: int = field(100, "[18]: samples that each update goes through again; 0: its own only")
-    controller_epochs: int = field(1, "[18]: passes over them an update")
-    controller_entropy: float = field(0.0, "[18]: weight of the entropy bonus")
+class Recipe:
+    """The defaults are the paper's for CamVid. [ours]: the paper does not say; [18]: its ancestor's code.
 
+    A result depends on the fields of its own stage and of the stages before it, and on nothing else. The
+    fields of "amount" say how much is made: what is missing is added, what is there stays."""
 
-@dataclasses.dataclass
-class ForCell(ForSearch):
-    """Sect. 4.2: the cell alone, on the frozen static network."""
-    cell_epochs: int = field(10, "Sect. 4.2: epochs of the cell alone")
-    cell_batch: int = field(16, "Sect. 4.2: sequences a batch, cell alone and end to end")
-    cell_mirrored: bool = field(False, "[ours]: the cell alone also sees mirror images (twice the memory)")
-    cell_dropout: float = field(0.0, "[ours]: share of the stored channels zeroed in each of its steps")
+    # Sect. 6: static pre-training
+    dataset: str = field("pretrain", "camvid", "camvid, cityscapes or synthetic")
+    seed: int = field("pretrain", 0, "every random choice comes from it", least=0)
+    encoder_weights: str = field("pretrain", "imagenet", "[ours]: imagenet (downloaded), a file, or none")
+    static: str = field("pretrain", "none", "[ours]: a static network's file to begin from, classifiers anew "
+                        "where the classes differ; with --static-epochs 0 it is taken as it is")
+    static_epochs: int = field("pretrain", 2000, "Sect. 6: epochs of pre-training; 0: only with --static", 0)
+    static_batch: int = field("pretrain", 32, "Sect. 6: images a batch", 2)
+    static_crop: tuple[int, int] = field("pretrain", (600, 600), "Sect. 6: random crop, height and width")
+    static_scale: tuple[float, float] = field("pretrain", (0.5, 2.0), "Sect. 6: random scale, from and to")
+    static_lr_encoder: float = field("pretrain", 5e-2, "Sect. 6: learning rate of the encoder; SGD: [18]")
+    static_lr_decoder: float = field("pretrain", 1e-2, "Sect. 6: learning rate of the decoder")
+    momentum: float = field("pretrain", 0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD", 0, below=1)
+    weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay, in SGD and in Adam", 0)
+    poly_power: float = field("pretrain", 0.9, "Sect. 6: rate * (1 - step / steps) ** P; P: [ours]", 0)
+    auxiliary_weight: float = field("pretrain", 0.3, "Sect. 6: weight of the auxiliary losses", 0)
+    auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")
+    gradient_norm: float = field("pretrain", 3.0, "[18]: pre-training's gradients, clipped; 0: not", 0)
+    loss_stride: int = field("pretrain", 4, "[ours]: every loss is taken at 1/4 of the image")
 
+    # Sect. 4, 4.1: the search
+    sequence_length: int = field("search", 3, "Sect. 4: consecutive frames in a training sequence", 2)
+    input_longer_side: int = field("search", 0, "Sect. 4.1: images are resized; 0: no (CityScapes: 1024)", 0)
+    input_crop: int = field("search", 600, "Sect. 4.1: and cropped to this square, at a random place")
+    input_pad: int = field("search", 400, "Sect. 4.1: shorter side mean-padded: 480x360 -> 480x400; 0: no", 0)
+    cell_layers: int = field("search", 5, "Sect. 4.1: layers of a cell, L")
+    meta_val_share: float = field("search", 0.1, "Sect. 4.1: share of sequences that score", below=1)
+    search_epochs: int = field("search", 20, "Sect. 4.1: epochs a candidate")
+    search_batch: int = field("search", 48, "Sect. 4.1: sequences a batch", 2)
+    cell_lr: float = field("search", 8e-3, "Sect. 4.1, 4.2: Adam's rate for the cell (CityScapes: [ours])")
+    early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
+    early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1: as done in [18]; [ours]: average, if "
+                                 "below it", choices=("as-in-18", "average"))
+    early_stop_decay: float = field("search", 0.9, "[ours]: decay of that average", below=1)
+    latency_weight: float = field("search", 0.0, "[ours], Sect. 1: W of reward * (time / target) ** -W", 0)
+    latency_target: float = field("search", 0.0, "[ours]: that target, ms a frame; 0: the decoder's time", 0)
+    controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
+    controller_clip: float = field("search", 0.1, "[18]: PPO's clip", below=1)
+    controller_baseline_decay: float = field("search", 0.95, "[18]: of the reward's running mean", below=1)
+    controller_rollout: int = field("search", 1, "[18]: candidates an update")
+    controller_replay: int = field("search", 100, "[18]: samples an update goes through again; 0: no", 0)
+    controller_epochs: int = field("search", 1, "[18]: passes over them an update")
+    controller_entropy: float = field("search", 0.0, "[18]: weight of the entropy bonus", 0)
 
-@dataclasses.dataclass
-class ForEndToEnd(ForCell):
-    """Sect. 4.2: cell and static network."""
-    end_epochs: int = field(100, "Sect. 4.2: epochs end to end; 0: the static network stays as it is")
-    end_lr_cell: float = field(4e-3, "Sect. 4.2: Adam's learning rate for the cell")
-    end_lr_static: float = field(5e-4, "Sect. 4.2: SGD's learning rate for the static network")
-    end_crop: tuple[int, int] = field((400, 480), "Sect. 4.2: crop, height, width; smaller images are padded")
-    end_scale: tuple[float, float] = field((1.0, 1.0), "[ours]: random scale")
-    end_mirrored: bool = field(True, "[18]: half of the sequences are mirror images")
+    # Sect. 4.2: the cell alone, on the frozen static network
+    cell_epochs: int = field("alone", 10, "Sect. 4.2: epochs of the cell alone")
+    cell_batch: int = field("alone", 16, "Sect. 4.2: sequences a batch, cell alone and end to end", 2)
+    cell_mirrored: bool = field("alone", False, "[ours]: also on mirror images (twice the memory)")
+    cell_dropout: float = field("alone", 0.0, "[ours]: share of the stored channels zeroed", 0, below=1)
 
+    # Sect. 4.2: cell and static network, end to end
+    end_epochs: int = field("end", 100, "Sect. 4.2: epochs end to end; 0: the static network stays", 0)
+    end_lr_cell: float = field("end", 4e-3, "Sect. 4.2: Adam's learning rate for the cell")
+    end_lr_static: float = field("end", 5e-4, "Sect. 4.2: SGD's learning rate for the static network")
+    end_crop: tuple[int, int] = field("end", (400, 480), "Sect. 4.2: 600 of 480x360 padded to 480x400")
+    end_scale: tuple[float, float] = field("end", (1.0, 1.0), "[ours]: random scale")
+    end_mirrored: bool = field("end", True, "[18]: half of the sequences are mirror images")
 
-@dataclasses.dataclass
-class Recipe(ForEndToEnd):
-    """And how much is made: may change at any time. What is missing is added, what is there stays."""
-    validate_every: int = field(100, "[ours]: epochs between looks at val while pre-training; 0: never")
-    search_candidates: int = field(1000, "[ours]: number of sampled cells")
-    search_strategy: str = field("ppo", "Sect. 3.3: ppo; [ours]: random, every token uniform; both")
-    cells: int = field(2, "Sect. 4.2: number of best cells trained on; 0: no search, only --cell")
-    cell: tuple[str, ...] = field((), "[ours]: cells to train by name")
-    median_cell: bool = field(False, "[ours]: random search's cell of median reward, too")
-    without_past: bool = field(True, "[ours]: the best cell also with zeros in place of the previous frame")
-    seeds: int = field(1, "[ours]: trainings of the baseline and of every cell")
-    key_frames: tuple[int, ...] = field((0, 10, 3), "[ours]: key-frame distances; 0: first of a clip only")
+    # how much is made
+    validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between looks at val; 0: no", 0)
+    search_candidates: int = field("amount", 1000, "[ours]: number of sampled cells")
+    search_strategy: str = field("amount", "ppo", "Sect. 3.3: ppo; [ours]: random, every token uniform; both",
+                                 choices=("ppo", "random", "both"))
+    cells: int = field("amount", 2, "Sect. 4.2: best cells that are fine-tuned; 0: no search, only --cell", 0)
+    cell: tuple[str, ...] = field("amount", (), "[ours]: cells to train by name")
+    median_cell: bool = field("amount", False, "[ours]: random search's cell of median reward, too")
+    without_past: bool = field("amount", True, "[ours]: the best cell also with zeros for the previous frame")
+    seeds: int = field("amount", 1, "[ours]: trainings of the baseline and of every cell")
+    key_frames: tuple[int, ...] = field("amount", (0, 10, 3), "[ours]: key-frame intervals; 0: first only", 0)
 
-
-# What differs from these defaults. The schedules short and smoke, made for a CPU, are in experiment/schedules.py.
+# What differs from these defaults. short and smoke, made for a CPU, are in experiment/schedules.py.
 SCHEDULES = {
     ("camvid", "paper"): {},
     ("cityscapes", "paper"): dict(
@@ -220,33 +211,93 @@ def pretrain(run):
 
 @torch.no_grad()
 def static_outputs(run, static, windows, transformed=True, mirrored=False):
-    """What the frozen static network says of the frames of `windows`, in half precision, and their labels:
-    so a cell's training never runs the encoder.
+    """The frozen static network's outputs for the frames of `windows`, (N, T) frame numbers, and the frames'
+    labels: so a cell's training never runs the encoder.
 
     transformed=False: the frames as they are, for meta-val ("No transformations are applied to the validation
-    sequences"). mirrored [ours]: their mirror images, too."""
+    sequences"). mirrored [ours]: also of their mirror images; that of frame k has the number `count` + k."""
     r, frames = run.recipe, run.frames("train")
-    stored = Stored(windows, len(frames.list), mirrored, crop=r.input_crop if transformed else None)
-    for numbers in stored.parts():
-        images, labels = frames[numbers % stored.count]           # (N, H, W, 3), (N, H, W)
+    count, numbers = len(frames.list), windows.unique()           # (n,)
+    if mirrored:
+        numbers = torch.cat([numbers, numbers + count])           # (2n,)
+    cache = FeatureCache(numbers, 2 * count, crop=r.input_crop if transformed else None)
+    progress, done = Progress("static outputs", len(numbers)), 0
+    for part in numbers.split(8):
+        images, labels = frames[part % count]                     # (N, H, W, 3), (N, H, W)
         images = data.normalise(images)                           # (N, 3, H, W)
         if transformed:                                           # CityScapes is resized, CamVid is padded
             images, labels = data.resize_longer_side(images, labels, r.input_longer_side)
             images, labels = data.pad(images, labels, r.input_pad)
-        images, labels = stored.mirror(images, labels, numbers)
+        flip = (part >= count).to(images.device)[:, None, None]   # (N, 1, 1)
+        images = torch.where(flip[..., None], images.flip(-1), images)
+        labels = torch.where(flip, labels.flip(-1), labels)
         with run.autocast():
-            _, layer2, layer3, layer4 = features = static.encode(images)
+            features = static.encode(images.contiguous(memory_format=torch.channels_last))
             dec, _ = static.decode(features)
-        stored.put(numbers, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels)
-    return stored
+        layer1, layer2, layer3, layer4 = features
+        cache.put(part, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels)
+        progress.update(done := done + len(part))
+    return cache
 
 
-def roll(cell, sequences):
-    """The static network's layer4 and dec of the first frame, then the cell on each later one.
-    -> T - 1 logits (B, C, H/8, W/8)"""
-    layer4, dec = sequences("layer4", 0), sequences("dec", 0)
-    logits = []
-    for t in range(1, sequences.length):
+class FeatureCache:
+    """The maps of some frames in memory, features in half precision. numbers (n,): the frames; highest: above
+    every number; crop: side of the square to which a sequence is cropped at random; None: it is not.
+
+    [ours] Whole frames are stored, and their features cropped in steps of 32 pixels (layer4's stride): so a
+    crop's features have seen what lies around it."""
+
+    STRIDE = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32, "dec": 8, "labels": 1}
+
+    def __init__(self, numbers, highest, crop):
+        self.numbers, self.crop, self.maps = numbers, crop, {}
+        self.row = torch.full((highest,), -1)                     # frame number -> row of the maps
+        self.row[numbers] = torch.arange(len(numbers))
+
+    def put(self, numbers, **maps):
+        """Stores the maps of neighbours in self.numbers: features (N, C, h, w), labels (N, H, W) uint8. All
+        memory is allocated at the first call, so nothing is ever there twice."""
+        rows = self.row[numbers]
+        for name, x in maps.items():
+            if name not in self.maps:
+                shape, label = (len(self.numbers), *x.shape[1:]), name == "labels"
+                self.maps[name] = torch.empty(
+                    shape, dtype=x.dtype if label else torch.half, device=x.device,
+                    memory_format=torch.contiguous_format if label else torch.channels_last)
+            self.maps[name][rows[0]:rows[-1] + 1] = x
+
+    def pick(self, window, rng=None, dropout=0.0):
+        """window (B, T) -> a batch of sequences: a function (name, t) -> that map of frame t, (B, C, h, w);
+        "labels": (B, H, W). Larger frames are cropped, each sequence at a place of its own.
+        dropout [ours]: the share of the channels that is zeroed."""
+        rows = self.row[window].to(self.maps["labels"].device)    # (B, T)
+        if rows.min() < 0:
+            raise ValueError("a frame of these sequences is not stored")
+        places = {}                                               # axis -> (B,) offsets in steps of 32 pixels
+        for axis, side in zip((-2, -1), self.maps["labels"].shape[-2:]):
+            if self.crop and side > self.crop:
+                steps = (side - self.crop) // 32
+                places[axis] = torch.randint(steps + 1, (len(window),), generator=rng).tolist()
+
+        def sequences(name, t):
+            x, stride = self.maps[name][rows[:, t]], self.STRIDE[name]
+            if name != "labels":
+                x = x.float()                                     # bf16's autocast can't stack half precision
+            for axis, offsets in places.items():
+                step, size = 32 // stride, math.ceil(self.crop / stride)
+                x = torch.stack([one.narrow(axis, step * k, size) for one, k in zip(x, offsets)])
+            if name == "labels":
+                return x
+            return F.dropout2d(x.contiguous(memory_format=torch.channels_last), dropout)
+
+        return sequences
+
+
+def unroll(cell, sequences, length):
+    """The recurrence of Sect. 3.1: the static network's dec for the first frame, then, frame by frame,
+    dec_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).  -> length - 1 logits (B, C, h, w)"""
+    layer4, dec, logits = sequences("layer4", 0), sequences("dec", 0), []
+    for t in range(1, length):
         layer4_prev, layer4 = layer4, sequences("layer4", t)
         dec, pred = cell(layer4_prev, dec, sequences("layer2", t), sequences("layer3", t), layer4)
         logits.append(pred)
@@ -254,9 +305,9 @@ def roll(cell, sequences):
 
 
 def cell_loss(run, cell, sequences):
-    """Sect. 4.1: "we sum up cross-entropy loss terms at each frame after the first one"."""
+    """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
     with run.autocast():
-        logits = roll(cell, sequences)
+        logits = unroll(cell, sequences, run.recipe.sequence_length)
     loss = 0
     for t, pred in enumerate(logits, start=1):
         loss = loss + cross_entropy(pred, sequences("labels", t), run.recipe.loss_stride)
@@ -283,7 +334,7 @@ def score(run, cell, stored, windows, worth=1.0):
     for window in windows.split(run.recipe.search_batch):
         sequences = stored.pick(window)
         with run.autocast():
-            logits = roll(cell, sequences)
+            logits = unroll(cell, sequences, run.recipe.sequence_length)
         for t, pred in enumerate(logits, start=1):
             labels = sequences("labels", t)                       # (B, H, W)
             pred = F.interpolate(pred.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
@@ -399,7 +450,7 @@ def finetune_cell(run, network, static, stored, windows):
     [ours] So there is no augmentation but the mirror images, if they are stored, and on CityScapes the images
     are the search's. The encoder has fitted the training images' features to their labels; with dropout on
     them the cell trusts them less."""
-    r = run.recipe
+    r, count = run.recipe, len(run.frames("train").list)
     print(f"{network.name}: {network.genotype}")
     cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
     optimizer = adam(cell, r.cell_lr, r.weight_decay)
@@ -408,7 +459,7 @@ def finetune_cell(run, network, static, stored, windows):
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             window = windows[batch]                               # (B, T)
             if r.cell_mirrored:                                   # half of the sequences, at random
-                window = window + stored.count * torch.randint(2, (len(window), 1), generator=epoch.rng)
+                window = window + count * torch.randint(2, (len(window), 1), generator=epoch.rng)
             loss = cell_loss(run, cell, stored.pick(window, epoch.rng, r.cell_dropout))
             update(loss, [optimizer], done, r.poly_power, run.world)
             epoch.log(loss)

@@ -184,7 +184,7 @@ def check_folder(run):
             run.checkpoint(path.stem)
     for name, _, _ in SEARCHES.values():
         if run.path(name).exists() and run.path("recipe.json").exists():
-            check_recipe(run.path(name), load(run.path("recipe.json")), run.recipe, "ForSearch")
+            check_recipe(run.path(name), load(run.path("recipe.json")), run.recipe, "search")
 
 
 @contextlib.contextmanager

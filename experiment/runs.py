@@ -64,11 +64,14 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+STAGES = "pretrain", "search", "alone", "end", "amount"   # of the recipe's fields, in order
+
+
 def fields_of(recipe, stage):
-    """The names of the fields on which a result of this stage depends: those of its class in train.py and
-    of that class's parents."""
-    kind = next(kind for kind in type(recipe).__mro__ if kind.__name__ == stage)
-    return [field.name for field in dataclasses.fields(kind)]
+    """The names of the fields on which a result of this stage depends: its own and those of the stages
+    before."""
+    before = STAGES[:STAGES.index(stage) + 1]
+    return [field.name for field in dataclasses.fields(recipe) if field.metadata["stage"] in before]
 
 
 def check_recipe(path, saved, recipe, stage):
@@ -89,10 +92,10 @@ def check_recipe(path, saved, recipe, stage):
 
 
 def stage_of(name):
-    """The name of the class in train.py whose fields NAME.pt depends on."""
+    """The stage of the last fields that NAME.pt depends on."""
     if name.endswith("-alone"):
-        return "ForCell"
-    return {"static": "ForPretrain", "controller": "ForSearch"}.get(name, "ForEndToEnd")
+        return "alone"
+    return {"static": "pretrain", "controller": "search"}.get(name, "end")
 
 
 # ---------------------------------------------------------------------------------------------------------

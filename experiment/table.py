@@ -169,7 +169,7 @@ class Table:
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
         self.kept = {}                       # (network, key-frame distance) -> Answers of this evaluation
-        fields = [name for name in fields_of(run.recipe, "ForEndToEnd") if name not in weights.FILES]
+        fields = [name for name in fields_of(run.recipe, "end") if name not in weights.FILES]
         values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
         if self.path.exists():               # rows of networks from another recipe are scored again

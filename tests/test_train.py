@@ -21,7 +21,7 @@ import train
 from controller import EarlyStop
 from data import meta_split
 from dyncell import Arch2, Genotype, VideoSegmenter
-from train import Recipe, recipe_for, roll, static_outputs
+from train import Recipe, recipe_for, unroll, static_outputs
 from experiment import networks, table
 from experiment import runs
 from experiment.networks import Network
@@ -260,7 +260,7 @@ def test_stored_outputs_are_what_the_static_network_says(run, untrained):
 
 
 def test_stored_outputs_are_rolled_as_a_video_is(run, untrained):
-    """Two places roll a cell over frames, train.roll and VideoSegmenter: they give the same logits."""
+    """Two places unroll a cell over frames, train.unroll and VideoSegmenter: they give the same logits."""
     static, (stored, _), _ = untrained
     genotype = Genotype([("layer4_prev", "dec_prev", "conv1x1", "sep3x3", "concat"),
                          ("node0", "layer2", "skip", "conv3x3", "sum"),
@@ -269,8 +269,8 @@ def test_stored_outputs_are_rolled_as_a_video_is(run, untrained):
     images, _ = run.frames("train")[[[0, 1, 2, 3]]]
     with torch.no_grad(), run.autocast():
         expected = VideoSegmenter(static, cell).eval()(data.normalise(images))[0]     # (4, C, h, w)
-        rolled = roll(cell, stored.pick(torch.arange(4)[None]))
-        other = roll(cell, stored.pick(torch.tensor([[1, 1, 2, 3]])))     # another past
+        rolled = unroll(cell, stored.pick(torch.arange(4)[None]))
+        other = unroll(cell, stored.pick(torch.tensor([[1, 1, 2, 3]])))     # another past
     assert len(rolled) == 3
     for pred, wanted in zip(rolled, expected[1:]):
         assert close(pred[0].float(), wanted.float())
@@ -283,7 +283,7 @@ def test_a_sequences_loss_is_the_sum_over_its_frames_after_the_first(run, untrai
     sequences = stored.pick(torch.arange(3)[None])
     for run.recipe.loss_stride in (8, 4, 1):
         with torch.no_grad(), run.autocast():
-            logits = roll(cell, sequences)
+            logits = unroll(cell, sequences)
         expected = 0
         for t in (1, 2):
             expected += train.cross_entropy(logits[t - 1], sequences("labels", t), run.recipe.loss_stride)
