@@ -160,10 +160,41 @@ def conv_bn_relu(cin, cout, kernel=1, rate=1):
 
 
 def resize(x, size):
-    """Bilinear resize of (B, C, H, W) to (B, C, *size)."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    """Brings a coarse map (B, C, h, w) to the `size` (H, W) of a finer map of the same image, bilinearly.
+
+    The map is enlarged by the *factor* of the strides between the two, and what stands over is cut off:
+    coarse pixel i stands for the fine pixels f * i to f * i + f - 1. A CamVid frame has 360 rows, so
+
+        45 rows at 1/8     0 1 2 3 4 5 6 7  ...  40 41 42 43 44  .  .  .      . is cut off
+        23 rows at 1/16     0   1   2   3   ...    20    21    22    .
+        12 rows at 1/32       0       1     ...       10          11
+
+    The reason: a convolution of stride 2, kernel 3, padding 1 puts its output i at the input's pixel 2 * i,
+    also where the size is odd. F.interpolate(x, size=(H, W)) spreads 45 rows evenly over 12, 3.75 a row, so
+    that row 11 would end where row 44 ends: towards the bottom, maps would lie up to half a coarse pixel
+    too high. By the factor every row lies as far from where it belongs: (f - 1) / 2 fine pixels, which a
+    network learns. tests/test_ops.py marks positions, brings them down by such strides and up again.
+    A map that has the size already is returned as it is.
+    Raises ValueError where no power of two leads from one size to the other.
+    """
+    factors = [factor(fine, coarse) for fine, coarse in zip(size, x.shape[-2:])]
+    if factors == [1, 1]:
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, scale_factor=factors, mode="bilinear", align_corners=False)  # (B, C, f*h, f*w)
+    return x[..., :size[0], :size[1]]                                                 # (B, C, H, W)
+
+
+def factor(fine, coarse):
+    """The power of two f for which `coarse` pixels are what strides of 2 leave of `fine`: ceil(fine / f).
+
+    Only a single coarse pixel has several; any of them gives the same map. The smallest is returned.
+    Raises ValueError if there is none."""
+    f = 1
+    while -(-fine // f) > coarse:                         # -(-a // b) rounds up
+        f *= 2
+    if -(-fine // f) != coarse:
+        raise ValueError(f"{coarse} pixels don't become {fine} by a power of two")
+    return f
 
 
 def to_larger(x, y):

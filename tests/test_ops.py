@@ -111,9 +111,11 @@ def bn_relu(module, x):
 
 
 def naive_resize(x, height, width):
-    """Bilinear between pixel centres (align_corners=False), border repeated: as a matrix for each axis."""
+    """Coarse pixel i covers fine pixels f * i to f * i + f - 1; bilinear between the middles of those, the
+    border repeated. As a matrix for each axis."""
     def matrix(new, old):
-        source = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        f = 2 ** math.ceil(math.log2(new / old))
+        source = np.clip((np.arange(new) + 0.5) / f - 0.5, 0, old - 1)
         return tent(source[:, None] - np.arange(old))
     return matrix(height, x.shape[-2]) @ x @ matrix(width, x.shape[-1]).T
 
@@ -367,6 +369,49 @@ def test_deform_conv2d_positions_are_exact_in_bfloat16():
 
 
 # --------------------------------------------------------------------------------------------------
+# resize
+
+def test_maps_of_any_size_lie_where_they_belong():
+    """Rows and columns of every size from 33 to 130. A map that holds each pixel's position goes down by the
+    encoder's strides, where kernel 3 with padding 1 puts output i at input 2 * i, and up again. There every
+    pixel still holds its position, up to the constant (f - 1) / 2 that the strides leave: no drift. Only
+    where a border is repeated the position is that of the outermost coarse pixel."""
+    taken = torch.zeros(2, 1, 3, 3, **DOUBLE)
+    taken[:, :, 1, 1] = 1                                 # the stride alone: each output is its middle input
+    for height in range(33, 131):
+        width = 163 - height
+        rows, cols = torch.arange(height, **DOUBLE), torch.arange(width, **DOUBLE)
+        image = torch.stack((rows[:, None].expand(height, width), cols.expand(height, width)))[None]
+        fine = [image]                                    # at 1/1, 1/2, ... 1/32, each (1, 2, h, w)
+        while len(fine) < 6:
+            fine.append(F.conv2d(fine[-1], taken, stride=2, padding=1, groups=2))
+        for here, coarse in itertools.combinations(range(6), 2):
+            f, (H, W) = 2 ** (coarse - here), fine[here].shape[2:]
+            for axis, size in enumerate((H, W)):
+                assert ops.factor(size, fine[coarse].shape[2 + axis]) == f
+            up = ops.to_larger(fine[coarse], fine[here])[0] / 2 ** here   # positions in pixels of `here`
+            for axis, (size, steps) in enumerate(((H, fine[coarse].shape[2]), (W, fine[coarse].shape[3]))):
+                position = torch.arange(size, **DOUBLE) - (f - 1) / 2
+                position = position.clamp(0, f * (steps - 1))
+                line = up[0, axis].movedim(axis, 0)       # (size, the other size)
+                close(line, position[:, None].expand(line.shape))
+
+
+@pytest.mark.parametrize("f", [2, 4, 8, 32])
+def test_where_strides_leave_no_rest_a_resize_to_the_size_is_the_same(f):
+    x = torch.randn(2, 3, 4, 5)
+    expected = F.interpolate(x, size=(4 * f, 5 * f), mode="bilinear", align_corners=False)
+    assert torch.equal(ops.resize(x, (4 * f, 5 * f)), expected)
+    assert ops.resize(x, (4, 5)) is x
+
+
+@pytest.mark.parametrize("size", [(4, 6), (9, 5), (4, 4), (3, 10)], ids=str)
+def test_resize_refuses_what_no_strides_connect(size):
+    with pytest.raises(ValueError, match="power of two"):
+        ops.resize(torch.zeros(1, 1, 4, 5), size)
+
+
+# --------------------------------------------------------------------------------------------------
 # The tables
 
 def test_names_are_in_token_order():
@@ -388,8 +433,8 @@ def test_operation(name):
 
 
 # The second input smaller, the first one smaller, both the same; not the same factor in both directions.
-@pytest.mark.parametrize("sizes", [((7, 5), (3, 4)), ((2, 3), (8, 5)), ((6, 7), (6, 7)), ((1, 1), (4, 3)),
-                                   ((1, 3), (1, 7))], ids=str)
+@pytest.mark.parametrize("sizes", [((7, 5), (4, 2)), ((2, 3), (8, 5)), ((6, 7), (6, 7)), ((1, 1), (4, 3)),
+                                   ((1, 2), (1, 7))], ids=str)
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_aggregation(name, sizes):
     module = randomise(ops.AGGREGATIONS[name](4)).double()
