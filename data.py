@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from util import charts, download
 from util.errors import InputError, brief, each, run_main
 from util.images import open_image, read_image, read_label
+from util.names import in_order, read_names
 from util.progress import Progress
 
 IGNORE = 255
@@ -62,8 +63,9 @@ def sequences(clips, length):
 
 
 def long_gaps(clip):
-    """For each frame but the last, whether a long gap follows: a step over 1.5 times the median. [ours]"""
-    numbers = [number(frame) for frame in clip]
+    """For each frame of a clip but the last, whether a long gap follows: a step of the frames' numbers over
+    1.5 times the median step. [ours] clip: Frames, or paths of images."""
+    numbers = [name.number for name in read_names(getattr(frame, "image", frame) for frame in clip)]
     if None in numbers:                      # names of your own without numbers show no gaps
         return [False] * (len(clip) - 1)
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
@@ -71,11 +73,24 @@ def long_gaps(clip):
     return [step > 1.5 * usual for step in steps]
 
 
-def number(frame):
-    """The frame's number in its video: the last digits in the image's name (CLIP_FRAME,
-    CITY_SEQ_FRAME_...), or None if there are no digits."""
-    digits = re.findall(r"\d+", pathlib.Path(frame.image).stem)
-    return int(digits[-1]) if digits else None
+def clips_of(paths):
+    """Paths of images -> clips, each a list of paths in time order. util/names.py finds a frame's number.
+
+    The names of a clip agree in what stands before the number. What follows it may differ, as a hash does.
+    But where two frames have the same number, as in 7_left and 7_right, it tells two clips apart."""
+    clips = collections.defaultdict(list)
+    for name, path in zip(read_names(paths), paths):
+        clips[name.clip, ""].append((name, path))
+    for (clip, _), frames in list(clips.items()):
+        numbers = [name.number for name, _ in frames]
+        if None not in numbers and len(set(numbers)) < len(numbers):
+            for name, path in clips.pop((clip, "")):
+                clips[clip, name.rest].append((name, path))
+    ordered = []
+    for key in sorted(clips, key=lambda key: [in_order(text) for text in key]):
+        frames = sorted(clips[key], key=lambda frame: (frame[0].number or 0, frame[0].rest))
+        ordered.append([path for _, path in frames])
+    return ordered
 
 
 def meta_split(windows, share, rng):
@@ -150,9 +165,26 @@ def crop_map(scaled, out, where):
     return out / scaled, (out + 2 * start) / scaled - 1
 
 
-def shrink(labels, size):
-    """Labels (N, H, W) -> (N, *size), by nearest neighbour."""
-    return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(torch.uint8)
+def factor(fine, coarse):
+    """The power of two f for which ceil(fine / f) = coarse. Raises ValueError if there is none."""
+    f = 1
+    while math.ceil(fine / f) > coarse:
+        f *= 2
+    if math.ceil(fine / f) != coarse:
+        raise ValueError(f"{coarse} pixels don't become {fine} by a power of two")
+    return f
+
+
+def downsample_labels(labels, size):
+    """Labels (N, H, W) -> (N, *size), the size of the network's maps for such an image. Coarse pixel i stands
+    for the fine pixels f*i .. f*i + f - 1, as in ops.resize, and gets the label of f*i + f//2.
+
+    Raises ValueError when no power of two f connects the sizes."""
+    for axis, side in zip((-2, -1), size):
+        f, last = factor(labels.shape[axis], side), labels.shape[axis] - 1
+        middle = f * torch.arange(side, device=labels.device) + f // 2    # (side,)
+        labels = labels.index_select(axis, middle.clamp(max=last))
+    return labels
 
 
 def resize_longer_side(images, labels, longer):
@@ -163,7 +195,8 @@ def resize_longer_side(images, labels, longer):
     scale = longer / max(labels.shape[-2:])
     size = [round(scale * side) for side in labels.shape[-2:]]
     images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-    return images, shrink(labels, size)
+    labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(torch.uint8)
+    return images, labels
 
 
 def pad(images, labels, shorter):
@@ -312,8 +345,7 @@ class Files:
 class CamVid(Files):
     """CamVid (Brostow et al. 2009) as in the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames.
 
-    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png. Frames belong to one
-    clip if their names agree up to the last underscore."""
+    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png; see clips_of."""
 
     SIZE = 360, 480
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
@@ -326,22 +358,21 @@ class CamVid(Files):
 
     def _clips(self):
         images, labels = self._pictures(self.split), self._pictures(f"{self.split}annot")
-        clips = collections.defaultdict(list)
+        paths = []
         for name, path in images.items():
-            match = re.fullmatch(r"(.+)_[a-z]?\d+", name)
-            if not match:
-                self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its clip "
-                                     "is unknown; rename it")
+            if not re.search("[0-9]", name):
+                self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its "
+                                     "place in time is unknown; rename it")
             elif name not in labels:
                 self.problems.append(f"{path}: has no label {self.split}annot/{name}.png; add it or remove "
                                      "the image")
             else:
-                clips[match[1]].append(Frame(path, labels[name]))
+                paths.append(path)
         for name, path in labels.items():
             if name not in images:
                 self.problems.append(f"{path}: has no image {self.split}/{name}.png; add it or remove the "
                                      "label")
-        return [sorted(clip, key=number) for clip in clips.values()]
+        return [[Frame(path, labels[path.stem]) for path in clip] for clip in clips_of(paths)]
 
     def _pictures(self, folder):
         """{name without extension: path} of a folder."""

@@ -144,7 +144,7 @@ def cross_entropy(logits, labels, stride):
     [ours] Both are brought to 1/stride of the image, the logits bilinearly."""
     size = [math.ceil(side / stride) for side in labels.shape[-2:]]
     logits = resize(logits.float(), size)                         # (N, C, H/stride, W/stride)
-    labels = data.shrink(labels, size)
+    labels = data.downsample_labels(labels, size)
     total = F.cross_entropy(logits, labels.long(), ignore_index=data.IGNORE, reduction="sum")
     return total / (labels != data.IGNORE).sum().clamp(min=1)
 

@@ -36,7 +36,7 @@ def clip_of(*numbers, labelled=True):
 
 
 def numbers(windows):
-    return [[data.number(frame) for frame in window] for window in windows]
+    return [[int(frame.image.stem[-5:]) for frame in window] for window in windows]
 
 
 def test_windows_stay_in_a_clip_and_between_long_gaps_and_end_with_a_label():
@@ -51,8 +51,36 @@ def test_windows_stay_in_a_clip_and_between_long_gaps_and_end_with_a_label():
     before, this = clip_of(18, labelled=False), clip_of(19)
     assert numbers(sequences([before + this], 2)) == [[18, 19]]
     assert sequences([this + clip_of(20, labelled=False)], 2) == sequences([before], 1) == []
-    sparse = [Frame(f"A_{k}.png", f"L_{k}.png" if k in (1, 4, 8) else None) for k in range(9)]
+    sparse = [frame if k in (1, 4, 8) else frame._replace(label=None) for k, frame in
+              enumerate(clip_of(*range(9)))]
     assert numbers(sequences([sparse], 3)) == [[2, 3, 4], [6, 7, 8]]
+
+
+@pytest.mark.parametrize("clips", [
+    [["0001TP_006690", "0001TP_006720"], ["0006R0_f00930", "0006R0_f00960"], ["0016E5_07959"]],     # CamVid
+    [["ulm_000000_000018_leftImg8bit", "ulm_000000_000019_leftImg8bit"], ["ulm_000001_000019_leftImg8bit"]],
+    [["ulm_000000_000019_leftImg8bit"], ["ulm_000001_000019_leftImg8bit"]],
+    [["c0_0000", "c0_0001"], ["c1_0000"], ["c2_0005"], ["c10_0000", "c10_0001"]],
+    [["0001TP_000000"], ["Seq05VD_f00000"]],
+    [["frame1", "frame2", "frame10"]],
+    [["a_0008_1280x720", "a_0009_1280x720", "a_0010_1280x720"], ["b_0001_1280x720"]],
+    [["8_v2", "9_v2", "10_v2"]],
+    [["a_8_e4f1", "a_9_77ab", "a_10_3c00", "a_11_abcd", "a_12_1234"]],                   # a hash
+    [["0f77c-62b8_01", "0f77c-62b8_02"], ["2d91a-11ff_01", "2d91a-11ff_02"]],            # a clip's own
+    [["1.0", "1.25", "1.5", "2.0"]], [["t0.50", "t0.75", "t1.00"]],
+    [["v1.8", "v1.9", "v1.10"], ["v2.1", "v2.2"]],
+    [["7_left", "8_left"], ["7_right", "8_right"]],
+    [["a", "b", "c"]]])
+def test_clips_and_the_order_in_them_come_from_the_names(clips):
+    paths = [pathlib.Path("folder_7") / f"{name}.png" for clip in clips for name in clip]
+    np.random.default_rng(0).shuffle(paths)
+    assert [[path.stem for path in clip] for clip in data.clips_of(paths)] == clips
+
+
+def test_a_gap_is_long_over_one_and_a_half_of_the_median_step():
+    for name in ("A_{}_leftImg8bit", "A_{}_v2", "A_{}_1280x720", "{}.5", "{}"):
+        clip = [Frame(f"{name.format(k)}.png", None) for k in (1, 3, 5, 8, 12, 14)]
+        assert data.long_gaps(clip) == data.long_gaps([f.image for f in clip]) == [False] * 3 + [True, False]
 
 
 @needs_camvid
@@ -166,6 +194,15 @@ def test_the_longer_side_is_resized():
     assert torch.equal(small_labels, squares.repeat_interleave(2, 1).repeat_interleave(2, 2))
     same = data.resize_longer_side(images, labels, 0)
     assert same[0] is images and same[1] is labels
+
+
+def test_a_coarse_pixel_has_the_label_of_the_middle_of_those_that_it_stands_for():
+    labels = torch.arange(11 * 13).reshape(1, 11, 13).to(torch.uint8)
+    coarse = data.downsample_labels(labels, (3, 4))                       # f = 4; column 14 is outside
+    assert torch.equal(coarse, labels[:, [2, 6, 10]][:, :, [2, 6, 10, 12]])
+    assert torch.equal(data.downsample_labels(labels, (11, 13)), labels)
+    with pytest.raises(ValueError):
+        data.downsample_labels(labels, (5, 7))
 
 
 def test_pad_as_the_paper_does():
@@ -358,7 +395,7 @@ def test_ones_own_dataset_is_a_few_lines(camvid):
                                     r"classes"),
     ({"palette": [(0, 0, 300)] * 11}, "Mine.palette: .* 0 to 255"),
     ({"classes": "sky road"}, "Mine.classes: is a single string"),
-    ({"clips": [[("a.png", "b.png")]]}, r"Mine.clips: holds .*a.png.*data.Frame\(image, label\)"),
+    ({"clips": [[("a.png", "b.png")]]}, r"Mine.clips: holds .*a.png.*Frame\(image, label\)"),
     ({"clips": [[Frame(np.zeros((2, 2, 3)), None)]]}, "Mine.clips: holds .*two paths"),
     ({"clips": [[Frame("a.png", None)]]}, "Mine.clips: no frame of train has a label"),
 ])
