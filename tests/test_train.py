@@ -100,7 +100,7 @@ def naive_cross_entropy(logits, labels, stride):
         label = labels[n, int((r + 0.5) * H / rows), int((c + 0.5) * W / cols)]
         if label == data.IGNORE:
             continue
-        y, x = np.clip((r + 0.5) * h / rows - 0.5, 0, h - 1), np.clip((c + 0.5) * w / cols - 0.5, 0, w - 1)
+        y, x = (np.clip((at + 0.5) * stride / 8 - 0.5, 0, side - 1) for at, side in ((r, h), (c, w)))
         tents = np.maximum(0, 1 - abs(y - np.arange(h)))[:, None] * np.maximum(0, 1 - abs(x - np.arange(w)))
         z = (logits[n] * tents).sum((1, 2))
         losses.append(np.log(np.exp(z).sum()) - z[label])
