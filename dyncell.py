@@ -13,24 +13,22 @@ rounded up.
 """
 import collections
 import collections.abc
+import copy
 import json
 import re
 import reprlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data import normalise, pad
 from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu, resize,
-                 to_larger)
+                 separable, to_larger)
 from util.costs import milliseconds_in_turn, multiply_adds, parameters, usable_device
-from util.errors import run_main
+from util.errors import InputError, run_main
+from util.files import fill, load
 from util.fold import fold_batchnorm
-
-WIDTH = 64                         # channels of dec (Sect. 3.1) and of every node of a cell ([ours])
-TAPS = 24, 32, 96, 320             # channels of layer1 (1/4), layer2 (1/8), layer3 (1/16), layer4 (1/32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,8 +101,40 @@ class MobileNetV2(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Sect. 3.1, Fig. 2: the static network, arch2 of [18]
 
+class StaticNetwork(nn.Module):
+    """What every static network has. Sect. 3.1: the method "is not directly tied to a concrete architecture".
+    Another network is a subclass, with an entry in STATICS.
+
+    Class attributes
+        name        its key in STATICS; a checkpoint holds it
+        channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
+        width       channels of dec; [ours] the nodes of its cells have as many
+        Classifier  class of the last part: Classifier(num_classes) is a module, called as
+                    classifier(dec, layer1) -> pred. A cell has one of its own, which starts as a copy
+    __init__(num_classes, auxiliary=None) sets .num_classes, .encoder and .classifier. auxiliary: None, or the
+        kind of the auxiliary heads, for training only ("cell" or "classifier"; see Arch2)
+    encode(image), (B, 3, H, W), normalised -> (layer1, layer2, layer3, layer4)
+    decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits; h, w are the network's
+        choice, and its cells predict at the same size
+    forward(image) -> pred
+    forward_auxiliary(image) -> pred, list of auxiliary predictions of pred's size
+
+    A subclass defines __init__ and decode; the others below serve where there are no auxiliary heads."""
+
+    def encode(self, image):
+        return self.encoder(image)
+
+    def forward(self, image):
+        _, pred = self.decode(self.encode(image))
+        return pred
+
+    def forward_auxiliary(self, image):
+        return self(image), []
+
+
 # In [18]'s notation. Operations have the numbers of ops.OPERATIONS: here 0 conv1x1, 1 conv3x3, 4 gap,
 # 5 conv3x3_r3.
+WIDTH = 64                         # channels of dec
 CONTEXTUAL_CELL = 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0)
 CONNECTIONS = (1, 3), (4, 3), (2, 2)
 
@@ -153,35 +183,42 @@ class Block(nn.Module):
         return x + y
 
 
-def classifier(num_classes):
-    return nn.Conv2d(WIDTH, num_classes, 3, padding=1)
+class Classifier(nn.Conv2d):
+    """A 3x3 convolution of dec, at 1/8 of the image. It needs no layer1."""
+
+    def __init__(self, num_classes):
+        super().__init__(WIDTH, num_classes, 3, padding=1)
+
+    def forward(self, dec, layer1=None):
+        return super().forward(dec)
 
 
-class Arch2(nn.Module):
+class Arch2(StaticNetwork):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5.
 
-    auxiliary adds a head to every block's output, for training only (Sect. 3.1). "cell" is a contextual
-    cell and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
+    auxiliary adds a head to every block's output, for training only (Sect. 6). "cell" is a contextual cell
+    and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
+
+    name = "arch2"
+    channels = 24, 32, 96, 320                                        # MobileNet-v2's
+    width = WIDTH
+    Classifier = Classifier
 
     def __init__(self, num_classes, auxiliary=None):
         super().__init__()
         self.num_classes = num_classes
         self.encoder = MobileNetV2()
-        self.adapt = nn.ModuleList(conv_bn_relu(channels, WIDTH) for channels in TAPS)
+        self.adapt = nn.ModuleList(conv_bn_relu(channels, WIDTH) for channels in self.channels)
         self.blocks = nn.ModuleList(Block() for _ in CONNECTIONS)
-        self.used = set(sum(CONNECTIONS, ()))
-        pool = range(len(TAPS) + len(CONNECTIONS))                    # the taps, then the blocks
-        self.unused = [k for k in pool[len(TAPS):] if k not in self.used]       # blocks 5 and 6
+        self.used = {k for connection in CONNECTIONS for k in connection}
+        first, after = len(self.channels), len(self.channels) + len(CONNECTIONS)
+        self.unused = [k for k in range(first, after) if k not in self.used]    # blocks 5 and 6
         self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(len(self.unused) * WIDTH, WIDTH))
-        self.classifier = classifier(num_classes)
+        self.classifier = self.Classifier(num_classes)
         self.auxiliary = nn.ModuleList()
         for _ in CONNECTIONS if auxiliary else ():
             before = [ContextualCell()] if auxiliary == "cell" else []
-            self.auxiliary.append(nn.Sequential(*before, classifier(num_classes)))
-
-    def encode(self, image):
-        """(B, 3, H, W) -> (layer1, layer2, layer3, layer4)."""
-        return self.encoder(image)
+            self.auxiliary.append(nn.Sequential(*before, Classifier(num_classes)))
 
     def decode_blocks(self, features):
         """Four features -> dec, pred, and the blocks' outputs (for the auxiliary classifiers)."""
@@ -193,17 +230,12 @@ class Arch2(nn.Module):
         size = features[1].shape[-2:]  # block 5 is at 1/8, block 6 at 1/16
         last = torch.cat([resize(pool[k], size) for k in self.unused], dim=1)   # (B, 128, H/8, W/8)
         dec = self.out(last)                                          # (B, 64, H/8, W/8)
-        return dec, self.classifier(dec), pool[len(TAPS):]
+        return dec, self.classifier(dec, features[0]), pool[len(features):]
 
     def decode(self, features):
         """(layer1, layer2, layer3, layer4) -> dec (B, 64, H/8, W/8), pred (B, num_classes, H/8, W/8)."""
         dec, pred, _ = self.decode_blocks(features)
         return dec, pred
-
-    def forward(self, image):
-        """(B, 3, H, W) -> pred (B, num_classes, H/8, W/8), logits."""
-        _, pred = self.decode(self.encode(image))
-        return pred
 
     def forward_auxiliary(self, image):
         """(B, 3, H, W) -> pred and the auxiliary predictions, a list. Each: (B, num_classes, H/8, W/8)."""
@@ -212,11 +244,40 @@ class Arch2(nn.Module):
         return pred, [resize(head(block), pred.shape[-2:]) for head, block in heads]
 
 
+class QuarterClassifier(nn.Module):
+    """[ours] dec is enlarged to 1/4 and layer1 added; one separable 3x3, then a 3x3 convolution."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.adapt = conv_bn_relu(Arch2.channels[0], WIDTH)
+        self.mix = separable(WIDTH, 3)
+        self.classifier = Classifier(num_classes)
+
+    def forward(self, dec, layer1):
+        x = resize(dec, layer1.shape[-2:]) + self.adapt(layer1)       # (B, 64, H/4, W/4)
+        return self.classifier(self.mix(x))                           # (B, num_classes, H/4, W/4)
+
+
+class Arch2Quarter(Arch2):
+    """[ours] arch2 that predicts at 1/4 of the image and so can hold a pole. 6,464 parameters more."""
+
+    name = "arch2-quarter"
+    Classifier = QuarterClassifier
+
+
+STATICS = {network.name: network for network in (Arch2, Arch2Quarter)}
+
+
 # --------------------------------------------------------------------------------------------------
 # Sect. 3.2: the genotype, a string of five tokens per layer
 
 INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool a cell starts with
-INPUT_CHANNELS = 320, WIDTH, 32, 96, 320
+
+
+def input_channels(static):
+    """The widths of INPUTS, in their order, where `static` is a static network or its class."""
+    _, layer2, layer3, layer4 = static.channels
+    return layer4, static.width, layer2, layer3, layer4
 
 
 def location(k):
@@ -369,29 +430,32 @@ def _check_layer(layer, pool):
 class DynamicCell(nn.Module):
     """The cell that a genotype describes, with only the modules that it uses.
 
-    [ours] Every node has 64 channels. Inputs with another width first go through 1x1 conv-BN-ReLU; dec is
-    used as it is. The concatenated output goes through 1x1 conv-BN-ReLU at the resolution of layer2.
+    [ours] Every node has as many channels as dec (64). Inputs with another width first go through 1x1
+    conv-BN-ReLU; dec is used as it is. The concatenated output goes through 1x1 conv-BN-ReLU at the
+    resolution of layer2.
 
     genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps,
-    to measure how much the cell gains from them."""
+    to measure how much the cell gains from them. static: the static network that the cell works with, or its
+    class; it decides the inputs' widths and the kind of classifier."""
 
-    def __init__(self, genotype, num_classes, past=True):
+    def __init__(self, genotype, num_classes, past=True, static=Arch2):
         super().__init__()
-        self.genotype, self.past = Genotype(genotype), past
-        self.adapt = nn.ModuleDict()
+        self.genotype, self.past, width = Genotype(genotype), past, static.width
+        self.adapt, channels = nn.ModuleDict(), input_channels(static)
         for k in self.genotype.inputs():
-            if INPUT_CHANNELS[k] != WIDTH:
-                self.adapt[INPUTS[k]] = conv_bn_relu(INPUT_CHANNELS[k], WIDTH)
-        self.op1 = nn.ModuleList(OPERATIONS[layer.op1](WIDTH) for layer in self.genotype)
-        self.op2 = nn.ModuleList(OPERATIONS[layer.op2](WIDTH) for layer in self.genotype)
-        self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](WIDTH) for layer in self.genotype)
+            if channels[k] != width:
+                self.adapt[INPUTS[k]] = conv_bn_relu(channels[k], width)
+        self.op1 = nn.ModuleList(OPERATIONS[layer.op1](width) for layer in self.genotype)
+        self.op2 = nn.ModuleList(OPERATIONS[layer.op2](width) for layer in self.genotype)
+        self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](width) for layer in self.genotype)
         self.output = self.genotype.output()
-        self.out = conv_bn_relu(len(self.output) * WIDTH, WIDTH)
-        self.classifier = classifier(num_classes)         # [ours] new_cell copies the static one into it
+        self.out = conv_bn_relu(len(self.output) * width, width)
+        self.classifier = static.Classifier(num_classes)  # [ours] new_cell copies the static one into it
 
-    def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4):
-        """(B, 320, 1/32), (B, 64, 1/8), (B, 32, 1/8), (B, 96, 1/16), (B, 320, 1/32)
-        -> dec (B, 64, H/8, W/8), pred (B, num_classes, H/8, W/8)."""
+    def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
+        """Maps of a batch at 1/32, 1/8, 1/8, 1/16, 1/32; arch2's have 320, 64, 32, 96 and 320 channels.
+        layer1 (24, 1/4) is only for a classifier that uses it.
+        -> dec (B, 64, H/8, W/8), pred (B, num_classes, h, w) at the static network's size: 1/8 for arch2."""
         if not self.past:
             layer4_prev, dec_prev = torch.zeros_like(layer4_prev), torch.zeros_like(dec_prev)
         pool = []
@@ -401,35 +465,98 @@ class DynamicCell(nn.Module):
             pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))      # (B, 64, h, w)
         results = [resize(pool[k], layer2.shape[-2:]) for k in self.output]
         dec = self.out(torch.cat(results, dim=1))                     # (B, 64 n, h, w) -> (B, 64, H/8, W/8)
-        return dec, self.classifier(dec)
+        return dec, self.classifier(dec, layer1)
+
+
+class DecoderCell(nn.Module):
+    """A copy of the static network's decoder, used as a cell that ignores the previous frame. [ours] It is
+    trained alone and end to end by the same steps as the cells, so the difference shows what a cell's
+    structure is worth. Its text, in place of a genotype, is "decoder"."""
+
+    def __init__(self, static):
+        super().__init__()
+        self.static = copy.deepcopy(static)
+        self.static.encoder = None
+
+    @property
+    def classifier(self):
+        return self.static.classifier
+
+    def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
+        """As DynamicCell's. layer1 may be missing where the decoder doesn't use it, as arch2's."""
+        return self.static.decode((layer1, layer2, layer3, layer4))
+
+
+DECODER = "decoder"                                       # stands in place of a genotype
+
+
+def make_cell(genotype, static, past=True):
+    """The cell for a static network: a genotype (anything that `Genotype` takes), or "decoder"."""
+    if isinstance(genotype, str) and genotype == DECODER:
+        return DecoderCell(static)
+    return DynamicCell(genotype, static.num_classes, past, static)
 
 
 State = collections.namedtuple("State", "layer4 dec")     # what a frame passes on to the next one
 
 
 class VideoSegmenter(nn.Module):
-    """The network over a video: arch2 on the first frame, encoder and cell on every later one (Sect. 3).
+    """The network over a video (Sect. 3.1, 4). The static network segments a key frame; on every later frame
+    its encoder runs alone, and the cell takes the decoder's place:
 
-    cell=None is the per-frame baseline: arch2 on every frame. `segment` pads a frame's shorter side to `pad`
-    pixels, as in training (Sect. 4.1: 400 for CamVid's 480x360)."""
+        frame 0:   dec_0, pred_0 = decoder(layer1_0 .. layer4_0)
+        frame t:   dec_t, pred_t = cell(layer4_(t-1), dec_(t-1), layer2_t, layer3_t, layer4_t)
+
+    So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again.
+
+    cell=None is the per-frame baseline: every frame is a key frame. `segment` and `probabilities` pad a
+    frame's shorter side to `pad` pixels, as in training (Sect. 4.1: 400 for CamVid's 480x360). `load` sets
+    .classes (a list of names) and .palette ((C, 3) uint8, RGB)."""
 
     def __init__(self, static, cell, pad=0):
         super().__init__()
         self.static, self.cell, self.pad = static, cell, pad
+        self.classes = self.palette = None
+
+    @classmethod
+    def load(cls, path):
+        """A checkpoint of train.py (static.pt, cell-0.pt, ...) -> the whole network, float32, in eval mode.
+        Nothing else is needed. Raises InputError naming the file if it holds no finished network."""
+        saved = load(path)
+        if not isinstance(saved, dict) or not {"static", "classes", "palette"} <= saved.keys():
+            raise InputError(f"{path}: holds no network; take static.pt, baseline.pt or a cell's, such as "
+                             "cell-0.pt, of a run")
+        if "optimizers" in saved:
+            raise InputError(f"{path}: is not finished; run the command that started it again")
+        name, recipe = saved.get("network", Arch2.name), saved.get("recipe", {})
+        if name not in STATICS:
+            raise InputError(f"{path}: holds the static network {name!r}; dyncell.STATICS has "
+                             f"{', '.join(STATICS)}")
+        static, cell = STATICS[name](len(saved["classes"])), None
+        fill(static, saved["static"], path)               # float32, also from tensors in half precision
+        if "cell" in saved:
+            try:
+                cell = make_cell(saved["genotype"], static, saved.get("past", True))
+            except ValueError as error:
+                raise InputError(f"{path}: holds no cell's genotype ({error})") from None
+            fill(cell, saved["cell"], path)
+        video = cls(static, cell, recipe.get("input_pad", 0)).eval()
+        video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
+        return video
 
     def follow(self, features, state):
         """A frame's features and the previous frame's state (None: this is a key frame)
-        -> logits (B, C, H/8, W/8), new state."""
+        -> logits (B, C, h, w), at 1/8 for arch2, new state."""
         if state is None or self.cell is None:
             dec, logits = self.static.decode(features)
         else:
-            dec, logits = self.cell(state.layer4, state.dec, *features[1:])
+            dec, logits = self.cell(state.layer4, state.dec, *features[1:], layer1=features[0])
         return logits, State(features[3], dec)
 
     def step(self, image, state=None):
-        """One frame of a stream: (B, 3, H, W), normalised, and the state that the last step returned (None:
-        a key frame) -> logits (B, C, H/8, W/8), new state. Raises ValueError when the image or the state
-        can't be used."""
+        """One frame of a stream, or of B streams at once: (B, 3, H, W), normalised, and the state that the
+        last step returned (None: a key frame of every stream) -> logits (B, C, h, w), at 1/8 for arch2, new
+        state. Raises ValueError when the image or the state can't be used."""
         self._check_step(image, state)
         features = self.static.encode(image)
         if state is not None:
@@ -437,8 +564,8 @@ class VideoSegmenter(nn.Module):
         return self.follow(features, state)
 
     def forward(self, frames, key_frame_every=0):
-        """frames (B, T, 3, H, W), normalised -> logits (B, T, C, H/8, W/8). Frames 0, n, 2n, ... are key
-        frames, where n is key_frame_every; 0: only the first is."""
+        """frames (B, T, 3, H, W), normalised -> logits (B, T, C, h, w), at 1/8 for arch2. Frames 0, n, 2n ...
+        are key frames, where n is key_frame_every; 0: only the first is."""
         _check_normalised(frames)
         B, T = frames.shape[:2]
         features = self.static.encode(frames.flatten(0, 1))  # all frames at once: (B*T, C, h, w)
@@ -460,17 +587,27 @@ class VideoSegmenter(nn.Module):
         returns  labels (H, W) uint8 on the module's device, and the new state
 
         Raises ValueError when the image or the state can't be used, or in training mode."""
+        logits, state = self._logits(image, state)
+        return logits.argmax(dim=0).to(torch.uint8), state
+
+    @torch.no_grad()
+    def probabilities(self, image, state=None):
+        """As `segment`, but returns probabilities (C, H, W), float32, which sum to 1 over the classes."""
+        logits, state = self._logits(image, state)
+        return logits.float().softmax(dim=0), state
+
+    def _logits(self, image, state):
+        """(H, W, 3) uint8 -> logits (C, H, W) at the image's size, new state."""
         image = self._check_frame(image)
         H, W = image.shape[:2]
-        weight = self.static.classifier.weight
-        x = normalise(image[None].to(weight.device))                  # (1, 3, H, W)
+        like = next(self.static.parameters())                         # has the device and the dtype
+        x = normalise(image[None].to(like.device))                    # (1, 3, H, W)
         x, _ = pad(x, torch.zeros(1, H, W), self.pad)                 # (1, 3, H', W')
-        x = x.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8)
-        logits = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        x = x.to(like.dtype).contiguous(memory_format=torch.channels_last)
+        logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8) for arch2
+        logits = resize(logits, x.shape[-2:])                         # (1, C, H', W')
         top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2      # where `pad` has put the image
-        labels = logits.argmax(dim=1)[0, top:top + H, left:left + W]  # (H, W)
-        return labels.to(torch.uint8), state
+        return logits[0, :, top:top + H, left:left + W], state        # (C, H, W)
 
     def _check_frame(self, image):
         if self.training or any(part.training for part in self.children()):
@@ -503,10 +640,6 @@ def _check_state(state, features):
     layer4, dec = features[3], features[1]                            # dec has layer2's size
     if state.layer4.shape != layer4.shape or state.dec[:, 0].shape != dec[:, 0].shape:
         raise ValueError("the state belongs to a frame of another size; start with state=None")
-
-
-# --------------------------------------------------------------------------------------------------
-# For inference
 
 
 # --------------------------------------------------------------------------------------------------

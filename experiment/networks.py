@@ -1,45 +1,13 @@
 """Which networks are trained and compared: the baseline, found cells, cells by name, controls, seeds."""
-import copy
 import hashlib
 import pathlib
 import typing
 
-import torch
-
-from dyncell import CELLS, DynamicCell, Genotype
+from dyncell import CELLS, DECODER, Genotype, make_cell  # make_cell: for others that import it from here
+from dyncell import DecoderCell as Decoder
 from experiment import weights
 from util.errors import InputError
 from util.files import load, read_log
-
-DECODER = "decoder"                          # used in place of a genotype
-
-
-class Decoder(torch.nn.Module):
-    """A copy of arch2's decoder, used as a cell that ignores the previous frame. [ours] It is trained alone
-    and end to end by the same steps as the cells, so the difference shows what a cell's structure is worth.
-    (A cell gets no layer1, and no block of arch2 uses it.)"""
-
-    def __init__(self, static):
-        super().__init__()
-        self.static = copy.deepcopy(static)
-        self.static.encoder = None
-
-    @property
-    def classifier(self):
-        return self.static.classifier
-
-    def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4):
-        return self.static.decode((None, layer2, layer3, layer4))
-
-
-def make_cell(genotype, static, past=True):
-    """A Genotype, its JSON text or DECODER -> the module. past=False: zeros replace the previous frame's
-    maps."""
-    if genotype == DECODER:
-        return Decoder(static)
-    if not isinstance(genotype, Genotype):
-        genotype = Genotype.from_json(genotype)
-    return DynamicCell(genotype, static.num_classes, past)
 
 
 def as_text(genotype):
