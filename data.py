@@ -121,7 +121,7 @@ def normalise(images):
     return ((images.float() / 255 - mean) / deviation).movedim(-1, -3)
 
 
-def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
+def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None, least=0.0):
     """Random scale, random crop and zero-padding (Sect. 6), and a random horizontal flip ([18]'s code).
 
     images (B, T, H, W, 3) and labels (B, T, H, W), uint8; crop (h, w); scale (from, to), uniform [ours].
@@ -131,7 +131,7 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None):
     [ours] All three are combined into one affine map per sequence, so each pixel is sampled only once."""
     B, T, H, W = labels.shape
     draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
-    s = scale[0] + (scale[1] - scale[0]) * draw[0]                        # (B,)
+    s = (scale[0] + (scale[1] - scale[0]) * draw[0]).clamp(min=least)     # (B,)
     slope_x, shift_x = crop_map(s * W, crop[1], draw[1])
     slope_y, shift_y = crop_map(s * H, crop[0], draw[2])
     sign = torch.ones(B)

@@ -110,7 +110,8 @@ class StaticNetwork(nn.Module):
         channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
         width       channels of dec; [ours] the nodes of its cells have as many
         Classifier  class of the last part: Classifier(num_classes) is a module, called as
-                    classifier(dec, layer1) -> pred. A cell has one of its own, which starts as a copy
+                    classifier(dec, layer1) -> pred. A cell has one of its own, which starts as a copy.
+                    Its needs_layer1 says whether layer1 may be None
     __init__(num_classes, auxiliary=None) sets .num_classes, .encoder and .classifier. auxiliary: None, or the
         kind of the auxiliary heads, for training only ("cell" or "classifier"; see Arch2)
     encode(image), (B, 3, H, W), normalised -> (layer1, layer2, layer3, layer4)
@@ -184,7 +185,9 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Conv2d):
-    """A 3x3 convolution of dec, at 1/8 of the image. It needs no layer1."""
+    """A 3x3 convolution of dec, at 1/8 of the image."""
+
+    needs_layer1 = False
 
     def __init__(self, num_classes):
         super().__init__(WIDTH, num_classes, 3, padding=1)
@@ -246,6 +249,8 @@ class Arch2(StaticNetwork):
 
 class QuarterClassifier(nn.Module):
     """[ours] dec is enlarged to 1/4 and layer1 added; one separable 3x3, then a 3x3 convolution."""
+
+    needs_layer1 = True
 
     def __init__(self, num_classes):
         super().__init__()

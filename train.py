@@ -21,11 +21,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 from controller import PPO, Controller, EarlyStop
 from data import Confusion, Consistency
-from dyncell import Arch2, Genotype, VideoSegmenter, fold_batchnorm
+from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm
 from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
 from experiment.networks import make_cell
@@ -37,7 +38,8 @@ from util.progress import Progress
 # ---- the recipe: every hyper-parameter --------------------------------------------------------------------
 
 def field(stage, default, help, least=None, below=math.inf, choices=None):
-    """A field of the recipe, and so a flag. stage: the first one whose result depends on it. A number is above 0, or at least `least`, and smaller than `below`."""
+    """A field of the recipe, and so a flag. stage: the first one whose result depends on it. A number is
+    above 0, or at least `least`, and smaller than `below`."""
     return dataclasses.field(default=default, metadata=dict(
         stage=stage, help=help, least=least, below=below, choices=choices))
 
@@ -55,14 +57,22 @@ class Recipe:
     encoder_weights: str = field("pretrain", "imagenet", "[ours]: imagenet (downloaded), a file, or none")
     static: str = field("pretrain", "none", "[ours]: a static network's file to begin from, classifiers anew "
                         "where the classes differ; with --static-epochs 0 it is taken as it is")
+    static_network: str = field("pretrain", "arch2", "Sect. 3.1: arch2; [ours]: arch2-quarter")
     static_epochs: int = field("pretrain", 2000, "Sect. 6: epochs of pre-training; 0: only with --static", 0)
     static_batch: int = field("pretrain", 32, "Sect. 6: images a batch", 2)
     static_crop: tuple[int, int] = field("pretrain", (600, 600), "Sect. 6: random crop, height and width")
     static_scale: tuple[float, float] = field("pretrain", (0.5, 2.0), "Sect. 6: random scale, from and to")
-    static_lr_encoder: float = field("pretrain", 5e-2, "Sect. 6: learning rate of the encoder; SGD: [18]")
+    static_scale_least: float = field("pretrain", 0.0, "[18]: smaller scales are raised to this", 0)
+    static_optimizer: str = field("pretrain", "sgd", "[ours]: sgd for both rates; sgd-adam as in [18]; adamw",
+                                  choices=("sgd", "sgd-adam", "adamw"))
+    static_lr_encoder: float = field("pretrain", 5e-2, "Sect. 6: learning rate of the encoder")
     static_lr_decoder: float = field("pretrain", 1e-2, "Sect. 6: learning rate of the decoder")
+    static_weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of pre-training", 0)
+    static_rate: str = field("pretrain", "poly", "Sect. 6: poly; [ours]: cosine", choices=("poly", "cosine"))
+    static_average: float = field("pretrain", 0.0, "[18]: decay of a running mean of the weights, which is "
+                                  "what is kept; the paper's text: none", 0, below=1)
     momentum: float = field("pretrain", 0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD", 0, below=1)
-    weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay, in SGD and in Adam", 0)
+    weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of every later training", 0)
     poly_power: float = field("pretrain", 0.9, "Sect. 6: rate * (1 - step / steps) ** P; P: [ours]", 0)
     auxiliary_weight: float = field("pretrain", 0.3, "Sect. 6: weight of the auxiliary losses", 0)
     auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")
@@ -149,14 +159,14 @@ def cross_entropy(logits, labels, stride):
     return total / (labels != data.IGNORE).sum().clamp(min=1)
 
 
-def update(loss, optimizers, done, power, world=1, norm=0.0):
-    """One step of every optimiser.
+def update(loss, optimizers, rate, world=1, norm=0.0):
+    """One step of every optimiser, its learning rates multiplied by `rate`.
 
-    done: share of the training that is behind us, for the poly rate (Sect. 6): lr * (1 - done) ** power
     world: number of processes that share the batch; norm: the gradients' highest one, a group each; 0: any"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done) ** power
+            group.setdefault("initial_lr", group["lr"])           # the first call keeps it: rate is a factor
+            group["lr"] = group["initial_lr"] * rate
         optimizer.zero_grad()
     loss.backward()
     if world > 1:
@@ -168,6 +178,12 @@ def update(loss, optimizers, done, power, world=1, norm=0.0):
         optimizer.step()
 
 
+def poly(done, power):
+    """Sect. 6: (1 - step / steps) ** power. done: the share of the training that is behind us. [ours] It is
+    the rate of every training, Adam's too."""
+    return (1 - done) ** power
+
+
 def adam(cell, lr, weight_decay):
     """The optimiser of a cell (Sect. 4.1, 4.2). fused: all of its parameters in one call."""
     return torch.optim.Adam(cell.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -175,35 +191,57 @@ def adam(cell, lr, weight_decay):
 
 # ---- Sect. 6: the static network --------------------------------------------------------------------------
 
+def static_optimizers(model, r):
+    """Sect. 6 gives the encoder and the decoder a rate each, and names no optimiser. sgd: for both. sgd-adam:
+    [18]'s code. adamw [ours]: reaches in 40 epochs what sgd needs hundreds for (docs/results.md)."""
+    decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
+              {"params": decoder, "lr": r.static_lr_decoder}]
+    if r.static_optimizer == "adamw":
+        return [torch.optim.AdamW(groups, weight_decay=r.static_weight_decay)]
+    if r.static_optimizer == "sgd-adam":
+        return [torch.optim.SGD(groups[:1], momentum=r.momentum, weight_decay=r.static_weight_decay),
+                torch.optim.Adam(groups[1:], weight_decay=r.static_weight_decay)]
+    return [torch.optim.SGD(groups, momentum=r.momentum, weight_decay=r.static_weight_decay)]
+
+
 def pretrain(run):
-    """arch2 on single labelled images: SGD, poly rate, random scale and crop, auxiliary losses."""
+    """The static network on single labelled images: random scale and crop, auxiliary losses."""
     r, frames = run.recipe, run.frames("train")
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
     torch.manual_seed(generator(r.seed, "static").initial_seed())
-    model = Arch2(run.num_classes, auxiliary="cell" if r.auxiliary_cell else "classifier")
+    model = STATICS[r.static_network](run.num_classes, "cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
         weights.begin(model, r, data.DATASETS[r.dataset].classes)
     model = run.to_device(model)
-    decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-    optimizer = torch.optim.SGD([{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
-                                 {"params": decoder, "lr": r.static_lr_decoder}],
-                                momentum=r.momentum, weight_decay=r.weight_decay)
+    optimizers, parts, mean = static_optimizers(model, r), {"static": model}, None
+    if r.static_average:                                          # mean = d * mean + (1 - d) * weights
+        mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(r.static_average), use_buffers=True)
+        parts["average"] = mean
 
-    for epoch in run.epochs("static", r.static_epochs, {"static": model}, [optimizer]):
+    for epoch in run.epochs("static", r.static_epochs, parts, optimizers):
         model.train()
         for batch, done in epoch.batches(len(labelled), r.static_batch):
             images, labels = frames[labelled[batch][:, None]]     # (B, 1, H, W, 3), (B, 1, H, W): T = 1
-            images, labels = data.augment(images, labels, r.static_crop, r.static_scale, generator=epoch.rng)
+            images, labels = data.augment(images, labels, r.static_crop, r.static_scale,
+                                          generator=epoch.rng, least=r.static_scale_least)
             images = images[:, 0].contiguous(memory_format=torch.channels_last)           # (B, 3, h, w)
             labels = labels[:, 0]                                 # (B, h, w)
             with run.autocast():
                 pred, auxiliary = model.forward_auxiliary(images)         # (B, C, h/8, w/8), three such
             others = sum(cross_entropy(other, labels, r.loss_stride) for other in auxiliary)
             loss = cross_entropy(pred, labels, r.loss_stride) + r.auxiliary_weight * others
-            update(loss, [optimizer], done, r.poly_power, run.world, r.gradient_norm)
+            rate = poly(done, r.poly_power)
+            if r.static_rate == "cosine":                         # [ours] after 50 steps of warm-up
+                rate = min(1, (epoch.step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
+            update(loss, optimizers, rate, run.world, r.gradient_norm)
+            if mean:
+                mean.update_parameters(model)
             epoch.log(loss)
+        if mean and epoch.last:
+            model.load_state_dict(mean.module.state_dict())
         if epoch.due(r.validate_every):
-            video = VideoSegmenter(model, None, pad=r.input_pad)
+            video = VideoSegmenter(mean.module if mean else model, None, pad=r.input_pad)
             epoch.note(val_miou=evaluate_video(run, video, "val")["miou"])
 
 
@@ -235,7 +273,8 @@ def static_outputs(run, static, windows, transformed=True, mirrored=False):
             features = static.encode(images.contiguous(memory_format=torch.channels_last))
             dec, _ = static.decode(features)
         layer1, layer2, layer3, layer4 = features
-        cache.put(part, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels)
+        more = {"layer1": layer1} if static.classifier.needs_layer1 else {}
+        cache.put(part, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels, **more)
         progress.update(done := done + len(part))
     return cache
 
@@ -280,6 +319,8 @@ class FeatureCache:
                 places[axis] = torch.randint(steps + 1, (len(window),), generator=rng).tolist()
 
         def sequences(name, t):
+            if name not in self.maps:                             # layer1
+                return None
             x, stride = self.maps[name][rows[:, t]], self.STRIDE[name]
             if name != "labels":
                 x = x.float()                                     # bf16's autocast can't stack half precision
@@ -294,12 +335,14 @@ class FeatureCache:
 
 
 def unroll(cell, sequences, length):
-    """The recurrence of Sect. 3.1: the static network's dec for the first frame, then, frame by frame,
-    dec_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).  -> length - 1 logits (B, C, h, w)"""
+    """The recurrence of Sect. 3.1: dec_0 of the static network, then, frame by frame,
+    dec_t, pred_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).
+    -> length - 1 logits (B, C, h, w). layer1 is there only where the classifier takes it."""
     layer4, dec, logits = sequences("layer4", 0), sequences("dec", 0), []
     for t in range(1, length):
         layer4_prev, layer4 = layer4, sequences("layer4", t)
-        dec, pred = cell(layer4_prev, dec, sequences("layer2", t), sequences("layer3", t), layer4)
+        dec, pred = cell(layer4_prev, dec, sequences("layer2", t), sequences("layer3", t), layer4,
+                         sequences("layer1", t))
         logits.append(pred)
     return logits
 
@@ -367,7 +410,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
                 entry.update(scores, stopped=True)
                 return
         loss = cell_loss(run, cell, stored.pick(windows[batch], rng))
-        update(loss, [optimizer], step / len(steps), r.poly_power)
+        update(loss, [optimizer], poly(step / len(steps), r.poly_power))
         losses.append(loss.detach())
     check_finite(losses, "at the end")
     entry.update(score(run, cell, *meta_val, worth))
@@ -461,7 +504,7 @@ def finetune_cell(run, network, static, stored, windows):
             if r.cell_mirrored:                                   # half of the sequences, at random
                 window = window + count * torch.randint(2, (len(window), 1), generator=epoch.rng)
             loss = cell_loss(run, cell, stored.pick(window, epoch.rng, r.cell_dropout))
-            update(loss, [optimizer], done, r.poly_power, run.world)
+            update(loss, [optimizer], poly(done, r.poly_power), run.world)
             epoch.log(loss)
 
 
@@ -490,7 +533,7 @@ def finetune_end_to_end(run, network):
             loss = 0
             for t in range(r.sequence_length):
                 loss = loss + cross_entropy(logits[:, t], labels[:, t], r.loss_stride)
-            update(loss, optimizers, done, r.poly_power, run.world)
+            update(loss, optimizers, poly(done, r.poly_power), run.world)
             epoch.log(loss)
 
 
@@ -555,9 +598,13 @@ STAGES = {"pretrain": pretrain, "search": search, "finetune": finetune, "evaluat
 
 def main(arguments=None):
     command = options.parse(arguments, Recipe, recipe_for, STAGES, __doc__)
+    if command.show_recipe:
+        return options.show_recipe(command)
     if command.stage == "predict":
         return predict.predict(command)
-    with options.open_run(command) as run:
+    with options.open_run(command, recipe_for) as run:
+        if command.network:                                       # --stage evaluate --network
+            return table.evaluate_network(run, command.network, evaluate_video)
         for name in command.stages:
             with table.stage(run, name, command.stages) as missing:
                 if missing:

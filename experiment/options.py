@@ -1,30 +1,31 @@
-"""The command line: one flag per field of the recipe, and checks of all values before any work."""
+"""The command line: one flag per field of the recipe; what a call does not say is what the run's folder has.
+All values are checked before any work."""
 import argparse
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import shlex
 import typing
 
-import torch
 import torch.distributed as dist
 
 import data
-from experiment import memory, weights
+from dyncell import CELLS, STATICS
+from experiment import schedules, weights
 from experiment.networks import SEARCHES, cell_text
-from experiment.runs import Run, check_recipe, flag, locked
+from experiment.runs import Run, best_device, check_recipe, flag, locked
 from util.errors import InputError
 from util.files import load, save
+from util.memory import limit_memory
 
-CHOICES = {"early_stop_rule": ("as-in-18", "average"), "search_strategy": ("ppo", "random", "both")}
-MAY_BE_ZERO = ("seed", "validate_every", "input_longer_side", "input_pad", "key_frames", "weight_decay",
-               "gradient_norm", "momentum", "controller_entropy", "controller_replay",
-               "auxiliary_weight", "poly_power", "cells", "cell_dropout", "latency_weight", "latency_target",
-               "end_epochs")
-BELOW_ONE = ("meta_val_share", "controller_clip", "controller_baseline_decay", "early_stop_decay", "momentum",
-             "cell_dropout")
-FOR_PREDICT = {"input": None, "output": None, "network": None, "key_frame_every": 0}      # flag: default
+PATHS = "data", "run", "input", "output", "network", "encoder_weights", "static"
+# The flags that only predict takes, and their defaults.
+FOR_PREDICT = {"input": None, "output": None, "key_frame_every": 0, "save_confidence": False}
+EPILOG = f"""[ours]: the paper does not say, so this project decided. [18]: the code of the paper's ancestor
+(github.com/DrSleep/nas-segm-pytorch) decides. Cells by name: {", ".join(CELLS)}, decoder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,33 +33,36 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see python train.py --help")
 
 
-def parse(arguments, Recipe, recipe_for, stages, description):
-    """The command line -> a namespace with its flags, the run's folder, its recipe and the stages to do.
-
-    Raises InputError naming a flag that can't work."""
-    parser = Parser(description=description.split("Read it")[0], allow_abbrev=False,
+def parser_for(Recipe, stages, description):
+    parser = Parser(description=description.split("Read it")[0], epilog=EPILOG, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
-                        help="defaults of the recipe. paper: the paper's (default for camvid, cityscapes); "
-                             "short: made smaller for a CPU (default for synthetic); smoke: only shows "
-                             "that everything runs")
-    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET)")
+    parser.add_argument("--schedule", choices=schedules.NAMES,
+                        help="the recipe. paper: the paper's; short: made smaller for a CPU; smoke: only "
+                             "shows that everything runs (default: the folder's; for a new run paper where "
+                             "there is a GPU, else short)")
+    parser.add_argument("--data", help="the dataset's folder (default: the run's, else data/DATASET)")
     parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
     parser.add_argument("--stage", choices=[*stages, "predict"], help="run only this stage")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best that is available)")
-    own = parser.add_argument_group("--stage predict")
+    parser.add_argument("--show-recipe", action="store_true", help="print what this call would do, and stop")
+    own = parser.add_argument_group("--stage predict; --network also with --stage evaluate")
     own.add_argument("--input", help="a folder of frames (.png, .jpg, in numeric order), an animated GIF, "
                                      "WebP or APNG, or one image")
     own.add_argument("--output", help="folder for label maps, overlays and the animation")
-    own.add_argument("--network", help="static, baseline, cell-0, ..., or a checkpoint's path (default: "
-                                       "the cell with the best mIoU on val)")
+    own.add_argument("--network", help="camvid: the trained one that comes with this program; static, "
+                                       "baseline, cell-0, ...: one of --run; or a checkpoint's path "
+                                       "(default: the cell of --run with the best mIoU on val)")
     own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
-                     help="static network on every Nth frame; 0 (default): on the first only")
-    fields = parser.add_argument_group("recipe (defaults: paper, CamVid)")
+                     help="static network on every Nth frame; 0 (default): on the first of a clip only")
+    own.add_argument("--save-confidence", action="store_true",
+                     help="also write the largest probability of each pixel as a grey PNG")
+    fields = parser.add_argument_group("recipe (in brackets the paper's value for CamVid; --show-recipe "
+                                       "prints what a call would use)")
     for field in dataclasses.fields(Recipe):
         kind, options = type(field.default), {"default": argparse.SUPPRESS}
         options["help"] = f"{field.metadata['help']} ({field.default})".replace("%", "%%")
-        choices = data.DATASETS if field.name == "dataset" else CHOICES.get(field.name)
+        choices = {"dataset": data.DATASETS, "static_network": STATICS}.get(
+            field.name, field.metadata["choices"])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
@@ -67,29 +71,63 @@ def parse(arguments, Recipe, recipe_for, stages, description):
         else:
             options.update(type=kind, choices=choices)
         fields.add_argument(flag(field.name), **options)
-    command = parser.parse_args(arguments)
+    return parser
 
+
+def parse(arguments, Recipe, recipe_for, stages, description):
+    """The command line -> a namespace with its flags, the run's folder, its recipe, schedule and data folder,
+    and the stages to do. Raises InputError naming a flag that can't work.
+
+    What is not given is taken from the folder's recipe.json. A first call decides: the paper's schedule where
+    there is a GPU, else short."""
+    command = parser_for(Recipe, stages, description).parse_args(arguments)
+    for name in PATHS:
+        if isinstance(getattr(command, name, None), str):         # the shell leaves the ~ of --data=~/x
+            setattr(command, name, os.path.expanduser(getattr(command, name)))
+    for name in weights.FILES:                                    # the folder remembers them from anywhere
+        if os.path.exists(getattr(command, name, "")):
+            setattr(command, name, os.path.abspath(getattr(command, name)))
     given = {}
     for field in dataclasses.fields(Recipe):
         if hasattr(command, field.name):
             value = getattr(command, field.name)
             given[field.name] = tuple(value) if isinstance(value, list) else value
     if "cell" in given:
-        given["cell"] = tuple(dict.fromkeys(map(cell_text, given["cell"])))
-    dataset = given.get("dataset", "synthetic")
-    command.given, command.run = given, pathlib.Path(command.run or f"runs/{dataset}")
+        given["cell"] = tuple(dict.fromkeys(cell_text(os.path.expanduser(text)) for text in given["cell"]))
+    command.given, command.named_run = given, command.run is not None
+    command.run = pathlib.Path(command.run or f"runs/{given.get('dataset', 'synthetic')}")
     command.stages = [command.stage] if command.stage else list(stages)
-    path = command.run / "recipe.json"
-    if command.stage == "predict":           # the rest comes from the checkpoint
-        command.recipe = recipe_for(**{"dataset": dataset, "schedule": command.schedule or "paper", **given})
-    elif command.stage and not command.schedule and path.exists():        # one stage: the folder's recipe
-        command.recipe = dataclasses.replace(as_recipe(load(path), path, Recipe), **given)
+    folder = None if command.stage == "predict" else folder_of(command.run, Recipe)
+    dataset = given.get("dataset") or (folder["recipe"].dataset if folder else "synthetic")
+    if folder and command.schedule in (None, folder["schedule"]):
+        command.schedule, command.recipe = folder["schedule"], dataclasses.replace(folder["recipe"], **given)
     else:
-        schedule = command.schedule or ("short" if dataset == "synthetic" else "paper")
-        command.recipe = recipe_for(**{"dataset": dataset, "schedule": schedule, **given})
+        short = dataset == "synthetic" or best_device() == "cpu"
+        command.schedule = command.schedule or ("short" if short else "paper")
+        command.recipe = recipe_for(dataset=dataset, schedule=command.schedule, **{
+            name: value for name, value in given.items() if name != "dataset"})
+    command.data_given = command.data is not None
+    if command.data is None and folder and folder["recipe"].dataset == dataset:
+        command.data = folder["data"]
+    command.data = os.path.abspath(command.data or f"data/{dataset}")
     check(command.recipe)
     check_flags(command)
     return command
+
+
+def folder_of(run, Recipe):
+    """What the run's folder knows: {"schedule", "data", "recipe": a Recipe}; None for a new run. Raises
+    InputError if another version of this program wrote it."""
+    path = run / "recipe.json"
+    if not path.exists():
+        return None
+    saved, known = load(path), {field.name for field in dataclasses.fields(Recipe)}
+    fields = saved.get("recipe") if isinstance(saved, dict) else None
+    if not isinstance(fields, dict) or fields.keys() != known:
+        names = ", ".join(sorted(known ^ set(fields or saved))[:6])
+        raise InputError(f"{path}: made by another version ({names}); use another --run")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return {**saved, "recipe": Recipe(**values)}                  # JSON has no tuples
 
 
 def check_flags(command):
@@ -99,62 +137,49 @@ def check_flags(command):
             raise InputError("--input and --output: needed for --stage predict")
         if command.key_frame_every < 0:
             raise InputError(f"--key-frame-every {command.key_frame_every}: must be 0 or more")
-        if command.data:
+        if command.data_given:
             raise InputError("--data: does nothing with --stage predict, which reads --input; leave it out")
         return
     for name, default in FOR_PREDICT.items():
         if getattr(command, name) != default:
             raise InputError(f"{flag(name)}: does nothing without --stage predict; add that or leave it out")
-    if command.data and command.recipe.dataset == "synthetic":
+    if command.network and command.stage != "evaluate":
+        raise InputError("--network: only with --stage predict or evaluate; add one of them or leave it out")
+    if command.network and "cell" in command.given:
+        raise InputError("--cell: does nothing with --network, which holds its own cell; leave one out")
+    if command.data_given and command.recipe.dataset == "synthetic":
         raise InputError("--data: does nothing with the synthetic videos, which are drawn; name its "
                          "--dataset, camvid or cityscapes, or leave it out")
     if command.recipe.latency_target and not command.recipe.latency_weight:
-        raise InputError("--latency-target: does nothing without --latency-weight; add that or leave it "
-                         "out")
-
-
-def as_recipe(saved, path, Recipe):
-    """A Recipe from a saved dict. Raises InputError naming the fields if another version of this program
-    wrote it."""
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    if not isinstance(saved, dict) or saved.keys() != known:
-        names = ", ".join(sorted(known ^ set(saved)))
-        raise InputError(f"{path}: made by another version ({names}); use another --run")
-    values = {}
-    for name, value in saved.items():
-        values[name] = tuple(value) if isinstance(value, list) else value         # JSON has no tuples
-    return Recipe(**values)
+        raise InputError("--latency-target: does nothing without --latency-weight; add that or leave it out")
 
 
 def check(recipe):
-    """Raises InputError naming the flag whose value can't work."""
-    for name, value in dataclasses.asdict(recipe).items():
+    """Raises InputError naming the flag whose value can't work. The ranges stand on the recipe's fields."""
+    for field in dataclasses.fields(recipe):
+        value, least, below = getattr(recipe, field.name), field.metadata["least"], field.metadata["below"]
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (bool, str)):
                 continue
-            may_be_zero = name in MAY_BE_ZERO or name == "static_epochs" and recipe.static != "none"
-            if not math.isfinite(number) or number < 0 or number == 0 and not may_be_zero:
-                least = "0 or more" if may_be_zero else "more than 0"
-                raise InputError(f"{flag(name)} {number}: must be {least}")
-        if name in BELOW_ONE and value >= 1:
-            raise InputError(f"{flag(name)} {value}: must be below 1")
-        if name in ("static_batch", "search_batch", "cell_batch") and value < 2:
-            raise InputError(f"{flag(name)} {value}: must be 2 or more, as the batch norm of gap has only "
-                             "one value per image")
-        if name in ("static_scale", "end_scale") and value[0] > value[1]:
-            raise InputError(f"{flag(name)} {value}: the first number must not be above the second")
+            low = number > 0 if least is None else number >= least
+            if not (math.isfinite(number) and low and number < below):
+                wanted = "above 0" if least is None else f"{least} or more"
+                raise InputError(f"{flag(field.name)} {number}: must be {wanted}"
+                                 + (f", and below {below}" if below < math.inf else ""))
+    for name in ("static_scale", "end_scale"):
+        if getattr(recipe, name)[0] > getattr(recipe, name)[1]:
+            raise InputError(f"{flag(name)}: the first number must not be above the second")
+    if not recipe.static_epochs and recipe.static == "none":
+        raise InputError("--static-epochs 0: only with --static FILE; give 1 or more")
     if not recipe.key_frames:
         raise InputError("--key-frames: must have one value or more")
     if not recipe.cells and not recipe.cell:
         raise InputError("--cells 0: there is no cell to train; name one by --cell")
-    if recipe.sequence_length < 2:
-        raise InputError(f"--sequence-length {recipe.sequence_length}: must be 2 or more, as a cell needs "
-                         "a previous frame")
 
 
-def find_data(run):
-    """Downloads the data if needed and possible, and checks it before anything is written. Raises one
-    InputError with all problems."""
+def find_data(run, given):
+    """Downloads the data if nothing was given and it can be, and checks it before anything is written. Raises
+    one InputError with all problems."""
     dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
         data.fetch(dataset, run.root)
@@ -177,37 +202,50 @@ def check_folder(run):
     """Raises InputError if a file in the run's folder was made with another recipe, naming the file and the
     fields."""
     for path in sorted(run.folder.glob("*.pt")):
-        if path.name.endswith(".partial.pt"):
-            raise InputError(f"{path}: made by an earlier version, which this one can't continue; use "
-                             "another --run")
         if path.name != "examples.pt":
             run.checkpoint(path.stem)
     for name, _, _ in SEARCHES.values():
         if run.path(name).exists() and run.path("recipe.json").exists():
-            check_recipe(run.path(name), load(run.path("recipe.json")), run.recipe, "search")
+            check_recipe(run.path(name), load(run.path("recipe.json")).get("recipe"), run.recipe, "search")
 
 
 @contextlib.contextmanager
-def open_run(command):
+def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
-    run = Run(command.run, command.recipe, command.data or f"data/{command.recipe.dataset}", command.device)
+    run = Run(command.run, command.recipe, command.data, command.device)
     run.join()
-    find_data(run)
+    find_data(run, command.data_given)
     check_folder(run)
     if "pretrain" in command.stages and not run.path("static.pt").exists():
         weights.look(run.recipe)
+    for stage in command.stages:
+        if not (stage == "pretrain" and run.finished("static")):
+            schedules.check_memory(run, stage)
+    if run.device.type == "cpu":
+        limit_memory()
     with locked(run):
         path, recipe = run.path("recipe.json"), json.loads(json.dumps(dataclasses.asdict(run.recipe)))
-        if run.rank == 0 and not (path.exists() and load(path) == recipe):
-            save(path, recipe)
-        threads = f"{torch.get_num_threads()} threads"
-        if run.world > 1:
-            threads += f" in each of {run.world} processes"
-        print(f"{run.folder}: {run.recipe.dataset} on {run.device}, {threads}")
+        saved = {"schedule": command.schedule, "data": command.data, "recipe": recipe}
+        if run.rank == 0 and not (path.exists() and load(path) == saved):
+            save(path, saved)
+        if run.rank == 0:
+            schedules.announce(run, command, recipe_for)
         if run.world > run.recipe.controller_rollout and "search" in command.stages:
             print(f"search: a round has {run.recipe.controller_rollout} candidates for {run.world} "
                   f"processes, so some wait; --controller-rollout {run.world} gives one to each")
-        memory.warn(run, command.stages)
         yield run
     if run.world > 1:
         dist.destroy_process_group()
+
+
+def show_recipe(command):
+    """--show-recipe: every field of the recipe as a flag that could be typed, with its section."""
+    print(f"schedule {command.schedule}, data {command.data}, run {command.run}, "
+          f"stages {' '.join(command.stages)}")
+    for field in dataclasses.fields(command.recipe):
+        value = getattr(command.recipe, field.name)
+        values = value if isinstance(value, tuple) else [value]
+        text = f"{flag(field.name)} " + " ".join(shlex.quote(str(one)) for one in values)
+        if isinstance(value, bool):
+            text = flag(field.name) if value else f"--no-{flag(field.name)[2:]}"
+        print(f"  {text:36} {field.metadata['help']}")

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import time
@@ -36,14 +37,16 @@ except ImportError:                          # Windows
     fcntl = None
 
 import data
-from dyncell import Arch2, VideoSegmenter
+from dyncell import STATICS, VideoSegmenter, make_cell
 from experiment import weights
-from experiment.networks import as_text, make_cell
+from experiment.networks import as_text
 from util.errors import InputError, out_of_memory
 from util.files import fill, load, read_log, save
 from util.progress import Progress
 
 SAVE_SECONDS = 60                            # least time between checkpoints, which are made after epochs
+FAIL_ALIKE = 4                               # a search stops when so many candidates, all of them, fail alike
+SAME_FAILURE = {"not finite": "lower --cell-lr", "out of memory": "lower --search-batch or --input-crop"}
 
 
 def generator(*key):
@@ -76,7 +79,7 @@ def fields_of(recipe, stage):
 
 def check_recipe(path, saved, recipe, stage):
     """Raises InputError unless the file `path`, made with the recipe `saved` (a dict), can be used with the
-    present recipe in this stage."""
+    present recipe in this stage. It names the fields, both values, and how to keep what can be kept."""
     names = fields_of(recipe, stage)
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))              # tuples become lists, as in a file
     saved = json.loads(json.dumps(saved)) if isinstance(saved, dict) else {}
@@ -85,10 +88,23 @@ def check_recipe(path, saved, recipe, stage):
                          "another --run")
     names = [name for name in names if name not in weights.FILES]         # Run.check_source compares these
     if differing := [name for name in names if saved[name] != now[name]]:
-        there = "; ".join(f"{name} {saved[name]!r} there, {now[name]!r} now" for name in differing[:6])
+        there = "; ".join(f"{flag(name)} {saved[name]!r} there, {now[name]!r} now" for name in differing[:6])
         more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
-        raise InputError(f"{path}: was made with another recipe ({there}{more}); give the flags it was made "
-                         f"with, {flag(differing[0])} first, or use another --run")
+        first = min(STAGES.index(field.metadata["stage"]) for field in dataclasses.fields(recipe)
+                    if field.name in differing)
+        raise InputError(f"{path}: was made with another recipe ({there}{more}); leave that out, or use "
+                         f"another --run{kept_by(path.parent, STAGES[first])}")
+
+
+def kept_by(folder, stage):
+    """The command that copies what does not depend on the fields of this stage; "" if there is nothing."""
+    kept = [path for path in sorted(folder.glob("*.pt")) if path.name != "examples.pt"
+            and STAGES.index(stage_of(path.stem)) < STAGES.index(stage)]
+    if not kept:
+        return ""
+    kept += [path for path in sorted(folder.glob("*.jsonl")) if stage != "search"]
+    kept, new = [folder / "recipe.json", *kept], shlex.quote(f"{folder}-2")
+    return f" that keeps what it can: mkdir {new} && cp {shlex.join(map(str, kept))} {new}"
 
 
 def stage_of(name):
@@ -142,6 +158,7 @@ class Epoch:
         self.run, self.name, self.index, self.count = run, name, index, count
         self.rng = generator(run.recipe.seed, name, index)
         self.losses, self.entry, self.start = [], {"epoch": index + 1}, time.time()
+        self.last, self.step = index + 1 == count, 0              # step: of the whole training
 
     def batches(self, items, size):
         """Yields this process's part of each batch of 0..items-1, and the share of the whole training that
@@ -155,6 +172,7 @@ class Epoch:
         if self.run.progress is None:
             self.run.progress = Progress(self.name, total, done=first)
         for k, batch in enumerate(shuffled):
+            self.step = first + k
             yield batch[rank::world], (first + k) / total
             if k % 10 == 9 or first + k + 1 == total:             # reading the loss makes a GPU wait
                 loss = check_finite(self.losses[-1:], self.name)[0] if self.losses else math.nan
@@ -211,6 +229,10 @@ class Log:
             if not out_of_memory(error):
                 raise RuntimeError(f"candidate {k} failed: {genotype}") from error
             entry.update(status="out of memory", reason=str(error)[:200])
+        if entry["status"] != "ok" and k + 1 >= FAIL_ALIKE and all(
+                self.entries.get(j, entry)["status"] == entry["status"] for j in range(k)):
+            raise InputError(f"{self.path}: each of the first {k + 1} candidates failed ({entry['reason']}); "
+                             f"{SAME_FAILURE[entry['status']]}")
         entry.update(seconds=round(time.time() - start, 2), tokens=genotype.to_tokens(),
                      genotype=json.loads(genotype.to_json()))
         line = (json.dumps(entry) + "\n").encode()
@@ -268,7 +290,8 @@ class Run:
 
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
-        self.rank, self.world, self.store, self.progress = 0, 1, None, None
+        self.rank, self.world, self.local_world, self.store, self.progress = 0, 1, 1, None, None
+        self.expected = {}                   # {stage: seconds}, by schedules.announce
         try:
             chosen = torch.device(device or best_device())
             if chosen.type == "cuda" and launched():                      # one GPU per process if possible
@@ -299,6 +322,7 @@ class Run:
         if not launched() or os.environ["WORLD_SIZE"] == "1":
             return
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         # Python runs no handler while a process waits for another. With the default action torchrun can end
         # it at once, not after 30 s.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -308,7 +332,7 @@ class Run:
                 raise InputError(f"{flag(name)} {size}: {self.world} processes share it and need two "
                                  f"images each, so give {2 * self.world} or more")
         gpus, forever = torch.cuda.device_count(), datetime.timedelta(days=365)   # a candidate may take hours
-        own = self.device.type == "cuda" and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
+        own = self.device.type == "cuda" and gpus >= self.local_world
         self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
         dist.init_process_group("nccl" if own else "gloo", store=dist.PrefixStore("group", self.store),
                                 rank=self.rank, world_size=self.world, timeout=forever)
@@ -339,6 +363,11 @@ class Run:
             self._frames[split] = data.Frames(self.dataset(split), None, self.device, show=progress.show)
         return self._frames[split]
 
+    def frame_size(self):
+        """(H, W) of the dataset's frames, from its first one."""
+        dataset = self.dataset("train")
+        return dataset.read(dataset.clips[0][0])[1].shape
+
     def autocast(self):
         """Autocast to bf16 if the device supports it. It needs channels_last: otherwise a depthwise
         convolution on a CPU is 20 times slower."""
@@ -357,10 +386,9 @@ class Run:
     def epochs(self, name, count, parts, optimizers, network=None):
         """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
 
-        parts: the modules that are trained, {"static": module, "cell": module}. network: the
-        experiment/networks.py Network that is trained; needed if there is a cell. NAME.pt holds the states of the
-        parts, the history, the recipe and the cell's genotype, and, until the training is finished, the
-        optimisers' states."""
+        parts: the modules that are trained, {"static": module, "cell": module}. network: the networks.Network
+        that is trained; needed if there is a cell. NAME.pt holds the states of the parts, the history, the
+        recipe and the cell's genotype, and, until the training is finished, the optimisers' states."""
         path, history, since, facts = self.path(f"{name}.pt"), [], time.time(), {}
         if "cell" in parts:
             facts = {"genotype": as_text(network.genotype), "past": network.past}
@@ -396,7 +424,8 @@ class Run:
                                     if not key.startswith("auxiliary.")}
             if name == "static":
                 more["source"] = self.source()
-            if "static" in states:           # more that predict needs
+            if "static" in states:           # more that VideoSegmenter.load needs
+                more["network"] = parts["static"].name
                 kind = data.dataset_class(self.recipe.dataset)
                 more.update(classes=list(kind.classes), palette=np.asarray(kind.palette).tolist(),
                             size=self._frames["train"].size if "train" in self._frames else None)
@@ -426,7 +455,7 @@ class Run:
             raise InputError(f"{path}: is not finished; run the command that started it again")
         if "static" not in saved:
             raise InputError(f"{path}: holds no network; use another --run")
-        static, cell = Arch2(self.num_classes), None
+        static, cell = STATICS[saved.get("network", "arch2")](self.num_classes), None
         fill(static, saved["static"], path)
         if "cell" in saved:
             cell = make_cell(saved["genotype"], static, saved["past"])

@@ -1,5 +1,20 @@
 """Schedules of our own, in place of the paper's: a GPU's work cut to a CPU's, and the synthetic videos'. Each
-says what differs from the defaults in train.py, which are the paper's for CamVid."""
+says what differs from the defaults in train.py, which are the paper's for CamVid. And how long and how much
+memory a recipe takes."""
+import contextlib
+import math
+import shlex
+import time
+
+import torch
+
+from dyncell import STATICS
+from experiment.networks import strategies
+from util.errors import InputError
+from util.memory import available
+from util.progress import duration
+
+NAMES = "paper", "short", "smoke"
 
 # short: the controller's rate is higher here, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
@@ -45,3 +60,92 @@ SCHEDULES = {
     ("synthetic", "short"): DEMO,
     ("synthetic", "smoke"): dict(SMOKE, encoder_weights="none"),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How long does a recipe take?
+
+# Time of a pixel in units of a pixel of a pre-training step (forward and backward, with auxiliary losses).
+# Measured on a CPU in bf16; a cell: the mean of twelve random ones.
+STORE, CELL, SCORE, END_TO_END, EVALUATE = 0.25, 0.15, 0.05, 0.7, 0.25
+
+
+def pixels_of(recipe, run):
+    """{stage: pixels}, in units of a pixel of a pre-training step, that the stages of a recipe take."""
+    r, frames = recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
+    length, later, count = r.sequence_length, r.sequence_length - 1, frames["train"]
+    frame = math.prod(run.frame_size())
+    searches = len(strategies(r)) * r.search_candidates
+    cells = r.cells * len(strategies(r)) + len(r.cell) + (r.cells > 0 and r.without_past) + r.median_cell
+    labelled = count if length > 2 else count // 2                # CityScapes: every second frame
+    alone = r.seeds * cells * r.cell_epochs * labelled * later * CELL
+    end = r.seeds * (cells + 1) * r.end_epochs * labelled * length * END_TO_END
+    rows = 1 + r.seeds * (1 + cells * len(r.key_frames))
+    return {
+        "pretrain": r.static_epochs * labelled * r.static_crop[0] * r.static_crop[1],
+        "search": frame * count * STORE + frame * searches * labelled * later
+        * (r.search_epochs * CELL + 2 * r.meta_val_share * SCORE),
+        "finetune": frame * (count * STORE + alone) + end * r.end_crop[0] * r.end_crop[1],
+        "evaluate": rows * EVALUATE * frame * sum(frames[split] for split in run.splits[1:])}
+
+
+def seconds_per_pixel(run):
+    """Seconds of a pixel of a pre-training step on this device, measured on two small images."""
+    model = run.to_device(STATICS[run.recipe.static_network](run.num_classes))
+    images = torch.randn(2, 3, 192, 192, device=run.device).contiguous(memory_format=torch.channels_last)
+    for _ in range(2):                       # the first one also sets up
+        start = time.time()
+        with run.autocast():
+            pred = model(images)
+        pred.float().sum().backward()
+        pred.sum().item()                    # waits for a GPU
+    return (time.time() - start) / (2 * 192 * 192)
+
+
+def announce(run, command, recipe_for):
+    """Prints the first line of a run: its schedule and about how long its stages take here; and how to have
+    the other schedule. Sets run.expected, {stage: seconds} of this command's stages."""
+    r, dataset = run.recipe, run.recipe.dataset
+    speed = seconds_per_pixel(run) / run.world
+    run.expected = {stage: speed * run_pixels for stage, run_pixels in pixels_of(r, run).items()
+                    if stage in command.stages}
+    threads = f"{torch.get_num_threads()} threads"
+    if run.world > 1:
+        threads += f" in each of {run.world} processes"
+    print(f"{run.folder}: {dataset}, schedule {command.schedule}, on {run.device}, {threads}: about "
+          f"{duration(sum(run.expected.values()))} for {' '.join(run.expected)}")
+    if command.schedule in ("paper", "short") and dataset != "synthetic":
+        other = "short" if command.schedule == "paper" else "paper"
+        pixels = pixels_of(recipe_for(dataset, other), run)
+        print(f"the other recipe: --schedule {other} --run {shlex.quote(f'runs/{dataset}-{other}')}, about "
+              f"{duration(speed * sum(pixels.values()))} here for all stages")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# How much memory does a training step take?
+
+# Bytes per pixel of a step in float32; bf16 takes 0.6 of them. Measured on a CPU as the peak of the resident
+# memory, minus that before the step. STATIC: 2 and 4 images of 320x320. WHOLE: as many sequences of three,
+# with `attention`. A_CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell that needs most,
+# per frame after the first.
+STATIC, WHOLE, A_CELL = 3100, 2600, 600
+REMEDY = {"pretrain": "lower --static-batch or --static-crop",
+          "search": "lower --search-batch or --input-crop",
+          "finetune": "lower --cell-batch, --end-crop or --input-crop"}
+
+
+def check_memory(run, stage):
+    """Raises InputError if a step of this stage will need more memory than is available. The estimate errs
+    upwards by a tenth."""
+    r, (height, width) = run.recipe, run.frame_size()
+    height, width = (max(r.input_pad, min(r.input_crop, side)) for side in (height, width))
+    pixels = {"pretrain": STATIC * r.static_batch * r.static_crop[0] * r.static_crop[1],
+              "search": A_CELL * r.search_batch * (r.sequence_length - 1) * height * width,
+              "finetune": WHOLE * r.cell_batch * r.sequence_length * r.end_crop[0] * r.end_crop[1]}
+    half, has = not isinstance(run.autocast(), contextlib.nullcontext), available(run.device)
+    need = 1.1 * (0.6 if half else 1.0) * pixels.get(stage, 0)
+    if stage == "search":                    # torchrun: a candidate for each process; else they share a batch
+        need *= run.local_world
+    if has is not None and need > has:
+        raise InputError(f"{stage}: its steps need about {need / 1e9:.0f} GB, and {run.device} has "
+                         f"{has / 1e9:.0f} GB; {REMEDY[stage]}, or take --schedule short with another --run")
