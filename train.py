@@ -439,7 +439,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
     torch.manual_seed(generator(r.seed, "controller").initial_seed())
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
-              r.controller_epochs, r.controller_entropy, replay=r.controller_replay)
+              r.controller_epochs, r.controller_entropy, replay=r.controller_replay, seed=r.seed)
     early_stop, figures = EarlyStop(r.early_stop_rule, r.early_stop_decay), {}
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, r.controller_rollout):
