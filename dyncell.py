@@ -6,14 +6,14 @@
     image 1 --encoder--> layer2..4 --> dynamic cell --> dec --classifier--> pred     (every later frame)
 
 In the order of the paper: the encoder and arch2 (Sect. 3.1), the genotype and the cell (Sect. 3.2), the
-network over a video. Images are RGB and normalised. A size such as 1/8 is that fraction of the image's,
-rounded up.
+network over a video (Sect. 3.1). Images are RGB and normalised. A size such as 1/8 is that fraction of the
+image's, rounded up.
 
     python dyncell.py       prints Table 5: parameters, multiply-adds and time per frame
 """
 import collections
-import collections.abc
 import copy
+import functools
 import json
 import re
 import reprlib
@@ -23,11 +23,10 @@ import torch
 from torch import nn
 
 from data import normalise, pad
-from ops import (AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, GlobalAverage, conv_bn_relu, resize,
-                 separable, to_larger)
+from ops import AGGREGATIONS, OPERATIONS, DepthwiseInFloat32, conv_bn_relu, resize, separable, to_larger
+from util import files
 from util.costs import milliseconds_in_turn, multiply_adds, parameters, usable_device
-from util.errors import InputError, run_main
-from util.files import fill, load
+from util.errors import InputError, brief, run_main
 from util.fold import fold_batchnorm
 
 
@@ -86,16 +85,13 @@ class MobileNetV2(nn.Module):
         return tuple(taps)
 
     def load_imagenet(self, state):
-        """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier).
-
-        Raises ValueError naming the keys when they are not torchvision's."""
+        """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier). Raises
+        ValueError naming the keys when they are not torchvision's."""
         head = "features.18.", "classifier."
-        state = {key: value for key, value in state.items() if not key.startswith(head)}
         try:
-            self.load_state_dict(state)
+            self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
         except RuntimeError as error:
-            line = " ".join(str(error).split())[:300]
-            raise ValueError(f"not torchvision's mobilenet_v2: {line}") from None
+            raise ValueError(f"not torchvision's mobilenet_v2: {brief(error)}") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,10 +129,14 @@ class StaticNetwork(nn.Module):
         return self(image), []
 
 
-# In [18]'s notation. Operations have the numbers of ops.OPERATIONS: here 0 conv1x1, 1 conv3x3, 4 gap,
-# 5 conv3x3_r3.
 WIDTH = 64                         # channels of dec
+# In [18]'s notation. The contextual cell's first number and the last two of an entry are operations, with
+# their numbers in ops.OPERATIONS: here 0 conv1x1, 1 conv3x3, 4 gap, 5 conv3x3_r3. The first two of an entry
+# are nodes of the cell, see below.
 CONTEXTUAL_CELL = 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0)
+# A connection joins two maps of the pool into a block. In the pool 0 to 3 are layer1 to layer4, adapted to 64
+# channels, and 4 to 6 the blocks: block 4 = (layer2, layer4), block 5 = (block 4, layer4), block 6 = (layer3,
+# layer3). No connection uses layer1.
 CONNECTIONS = (1, 3), (4, 3), (2, 2)
 
 
@@ -159,7 +159,7 @@ class ContextualCell(nn.Module):
             used |= {p, q}
         operations = list(OPERATIONS.values())
         self.ops = nn.ModuleList(operations[number](WIDTH) for number in numbers)
-        sums = [4 + 3 * k for k in range(len(self.entries))]
+        sums = [4 + 3 * k for k in range(len(self.entries))]          # nodes 4, 7, 10
         self.output = [node for node in (0, 1, *sums) if node not in used]
 
     def forward(self, x):
@@ -276,17 +276,17 @@ STATICS = {network.name: network for network in (Arch2, Arch2Quarter)}
 # --------------------------------------------------------------------------------------------------
 # Sect. 3.2: the genotype, a string of five tokens per layer
 
-INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool a cell starts with
+INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool at first (Sect. 3.1)
 
 
 def input_channels(static):
-    """The widths of INPUTS, in their order, where `static` is a static network or its class."""
+    """The widths of INPUTS, in their order. static: a static network or its class."""
     _, layer2, layer3, layer4 = static.channels
     return layer4, static.width, layer2, layer3, layer4
 
 
 def location(k):
-    """Name of a pool position."""
+    """The name of position k of the pool: an input, or the result of layer k - 5."""
     return INPUTS[k] if k < len(INPUTS) else f"node{k - len(INPUTS)}"
 
 
@@ -296,39 +296,31 @@ class Layer(collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")):
 
 
 class Genotype(tuple):
-    """The structure of a cell: a checked tuple of `Layer`. The argument may be
+    """The structure of a cell: a checked tuple of `Layer`. It is made from
 
-    - a sequence of layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or of dicts with
-      Layer's keys. A location is given by its position in the pool (0 to 4: the inputs, 5 + k: the result
-      of layer k) or its name, an operation or aggregation by its token or its name;
-    - a flat sequence, tensor or array of 5L tokens, as the controller samples them;
-    - a dict with one of these under "genotype" or "tokens", such as a line of search.jsonl;
-    - JSON text of any of these, or the text that str(genotype) gives.
+    - layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or dicts with Layer's keys. Locations,
+      operations and aggregations are given by name or by number;
+    - 5L tokens, as the controller samples them: a list, tuple, tensor or array of whole numbers;
+    - the printed form, which str(genotype) gives;
+    - JSON text of layers or tokens, or a line of search.jsonl, which holds both.
 
-    Raises ValueError for anything else. `parse` and `from_json` are other names of the constructor."""
+    Raises ValueError for anything else."""
 
     def __new__(cls, cell):
-        pool, layers = list(INPUTS), []
-        try:
-            for layer in _unpack(cell):
-                layers.append(_check_layer(layer, pool))
-                pool.append(location(len(pool)))
-        except RecursionError:
-            raise ValueError("a genotype is not nested so deeply") from None
+        layers, pool = [], list(INPUTS)
+        for layer in _layers(cell):
+            layers.append(_check_layer(layer, pool))
+            pool.append(location(len(pool)))
         if not layers:
             raise ValueError("a genotype needs at least one layer")
         return super().__new__(cls, layers)
 
     @classmethod
-    def parse(cls, text_or_object):
-        return cls(text_or_object)
+    def parse(cls, cell):
+        """The constructor, as are from_json and from_tokens: names that say what is read."""
+        return cls(cell)
 
-    from_json = parse
-
-    @classmethod
-    def from_tokens(cls, tokens):
-        """5L whole numbers, (loc1, loc2, op1, op2, agg) per layer, as the controller samples them."""
-        return cls(_group(_values(tokens)))
+    from_json = from_tokens = parse
 
     def to_tokens(self):
         """List of 5L ints."""
@@ -350,71 +342,60 @@ class Genotype(tuple):
         output = ", ".join(location(k) for k in self.output())
         return "; ".join([*lines, f"out = [{output}]"])
 
-    def __reduce__(self):                                 # copy and pickle go through the check too
-        return Genotype, (tuple(tuple(layer) for layer in self),)
-
     def inputs(self):
         """Pool positions of the inputs that some layer samples."""
-        sampled = {layer.loc1 for layer in self} | {layer.loc2 for layer in self}
+        sampled = {loc for layer in self for loc in (layer.loc1, layer.loc2)}
         return [k for k in range(len(INPUTS)) if k in sampled]
 
     def output(self):
-        """Pool positions of the results that no later layer samples. The cell's output concatenates
-        them."""
-        sampled = {layer.loc1 for layer in self} | {layer.loc2 for layer in self}
+        """Pool positions of the results that no later layer samples: the cell's output joins them."""
+        sampled = {loc for layer in self for loc in (layer.loc1, layer.loc2)}
         return [k for k in range(len(INPUTS), len(INPUTS) + len(self)) if k not in sampled]
 
 
-def _unpack(cell):
+def _layers(cell):
     """A cell in any of Genotype's forms -> a list of layers, not yet checked."""
     if isinstance(cell, str):
-        return _unpack_text(cell)
-    if isinstance(cell, dict):
-        return _unpack(cell.get("genotype", cell.get("tokens")))
-    values = _values(cell)
-    flat = values and type(values[0]) is int
-    return _group(values) if flat else values
+        cell = _read(cell)
+    if isinstance(cell, dict):                            # a line of search.jsonl
+        cell = cell.get("genotype", cell.get("tokens"))
+    cell = _list(cell)
+    if not all(type(token) is int for token in cell):     # a bool is no token
+        return cell
+    if len(cell) % 5:
+        raise ValueError(f"a genotype has five tokens per layer, got {len(cell)} tokens")
+    return [cell[k:k + 5] for k in range(0, len(cell), 5)]
 
 
-def _unpack_text(text):
+def _read(text):
+    """The printed form -> layers; JSON text -> what it holds."""
+    if text.lstrip().startswith("node"):
+        text = "".join(text.split())                      # without blanks and line ends
+        found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
+        genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
+        if text != "".join(str(genotype).split()):        # the pattern missed a part, or `out` is wrong
+            raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
+        return genotype
     try:
-        if not text.lstrip().startswith("node"):
-            return _unpack(json.loads(text))
-    except json.JSONDecodeError:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
-    text = "".join(text.split())                          # without blanks and line ends
-    found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
-    genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
-    if text != "".join(str(genotype).split()):            # the pattern missed a part, or `out` is wrong
-        raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
-    return genotype
 
 
-def _group(tokens):
-    """5L tokens -> L lists of five."""
-    if not all(type(token) is int for token in tokens):               # a bool is no token
-        raise ValueError(f"tokens must be whole numbers, got {reprlib.repr(tokens)}")
-    if len(tokens) % 5:
-        raise ValueError(f"a genotype has five tokens per layer, got {len(tokens)} tokens")
-    return [tokens[k:k + 5] for k in range(0, len(tokens), 5)]
-
-
-def _values(sequence):
-    """A sequence, tensor or array -> a list whose numbers are Python's own."""
-    arrays = torch.Tensor, np.ndarray, np.generic
-    if isinstance(sequence, arrays):
+def _list(sequence):
+    """A tensor or array -> lists of Python's own numbers; a list or tuple -> a list."""
+    if isinstance(sequence, (torch.Tensor, np.ndarray)):
         sequence = sequence.tolist()
-    text = isinstance(sequence, (str, bytes, dict))
-    if text or not isinstance(sequence, collections.abc.Iterable):
+    if not isinstance(sequence, (list, tuple)):
         raise ValueError(f"layers or tokens expected, got {reprlib.repr(sequence)}")
-    return [value.tolist() if isinstance(value, arrays) else value for value in sequence]
+    return list(sequence)
 
 
 def _check_layer(layer, pool):
-    """Five names or tokens, or a dict of them -> Layer."""
+    """Five names or tokens, or a dict of them -> Layer. pool: the names of its positions so far."""
     if isinstance(layer, dict) and layer.keys() == set(Layer._fields):
         layer = [layer[field] for field in Layer._fields]
-    values = _values(layer)
+    values = _list(layer)
     if len(values) != 5:
         raise ValueError(f"a layer is (loc1, loc2, op1, op2, agg), got {reprlib.repr(layer)}")
     ops, aggs, names = list(OPERATIONS), list(AGGREGATIONS), []
@@ -527,29 +508,25 @@ class VideoSegmenter(nn.Module):
     def load(cls, path):
         """A checkpoint of train.py (static.pt, cell-0.pt, ...) -> the whole network, float32, in eval mode.
         Nothing else is needed. Raises InputError naming the file if it holds no finished network."""
-        saved = load(path)
+        saved = files.load(path)
         if not isinstance(saved, dict) or not {"static", "classes", "palette"} <= saved.keys():
-            raise InputError(f"{path}: holds no network; take static.pt, baseline.pt or a cell's, such as "
-                             "cell-0.pt, of a run")
+            raise InputError(f"{path}: holds no whole network; take a run's static.pt or cell-0.pt")
         if "optimizers" in saved:
             raise InputError(f"{path}: is not finished; run the command that started it again")
-        name, recipe = saved.get("network", Arch2.name), saved.get("recipe", {})
-        if name not in STATICS:
-            raise InputError(f"{path}: holds the static network {name!r}; dyncell.STATICS has "
-                             f"{', '.join(STATICS)}")
-        static, cell = STATICS[name](len(saved["classes"])), None
-        fill(static, saved["static"], path)               # float32, also from tensors in half precision
-        if "cell" in saved:
-            try:
-                cell = make_cell(saved["genotype"], static, saved.get("past", True))
-            except ValueError as error:
-                raise InputError(f"{path}: holds no cell's genotype ({error})") from None
-            fill(cell, saved["cell"], path)
-        video = cls(static, cell, recipe.get("input_pad", 0)).eval()
+        try:
+            static, cell = STATICS[saved.get("network", Arch2.name)](len(saved["classes"])), None
+            if "cell" in saved:
+                cell = make_cell(saved.get("genotype"), static, saved.get("past", True))
+        except (KeyError, ValueError) as error:           # no entry of STATICS, or not a genotype
+            raise InputError(f"{path}: holds an unknown network ({brief(error)})") from None
+        files.fill(static, saved["static"], path)         # float32, also from tensors in half precision
+        if cell is not None:
+            files.fill(cell, saved["cell"], path)
+        video = cls(static, cell, (saved.get("recipe") or {}).get("input_pad", 0)).eval()
         video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
         return video
 
-    def follow(self, features, state):
+    def decode(self, features, state):
         """A frame's features and the previous frame's state (None: this is a key frame)
         -> logits (B, C, h, w), at 1/8 for arch2, new state."""
         if state is None or self.cell is None:
@@ -561,17 +538,17 @@ class VideoSegmenter(nn.Module):
     def step(self, image, state=None):
         """One frame of a stream, or of B streams at once: (B, 3, H, W), normalised, and the state that the
         last step returned (None: a key frame of every stream) -> logits (B, C, h, w), at 1/8 for arch2, new
-        state. Raises ValueError when the image or the state can't be used."""
-        self._check_step(image, state)
+        state. Raises ValueError when the state belongs to frames of another size."""
         features = self.static.encode(image)
         if state is not None:
-            _check_state(state, features)
-        return self.follow(features, state)
+            layer4, dec = features[3], features[1]                    # dec has layer2's size
+            if state.layer4.shape != layer4.shape or state.dec[:, 0].shape != dec[:, 0].shape:
+                raise ValueError("the state belongs to a frame of another size; start with state=None")
+        return self.decode(features, state)
 
     def forward(self, frames, key_frame_every=0):
         """frames (B, T, 3, H, W), normalised -> logits (B, T, C, h, w), at 1/8 for arch2. Frames 0, n, 2n ...
         are key frames, where n is key_frame_every; 0: only the first is."""
-        _check_normalised(frames)
         B, T = frames.shape[:2]
         features = self.static.encode(frames.flatten(0, 1))  # all frames at once: (B*T, C, h, w)
         features = [x.unflatten(0, (B, T)) for x in features]
@@ -579,7 +556,7 @@ class VideoSegmenter(nn.Module):
         for t in range(T):
             if key_frame_every and t % key_frame_every == 0:
                 state = None
-            pred, state = self.follow([x[:, t] for x in features], state)
+            pred, state = self.decode([x[:, t] for x in features], state)
             logits.append(pred)
         return torch.stack(logits, dim=1)
 
@@ -616,7 +593,7 @@ class VideoSegmenter(nn.Module):
 
     def _check_frame(self, image):
         if self.training or any(part.training for part in self.children()):
-            raise ValueError("segment() needs eval mode: call .eval() first")
+            raise ValueError("segment() and probabilities() need eval mode: call .eval() first")
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = torch.from_numpy(image.copy())        # a view may be read-only or reversed
         pixels = torch.is_tensor(image) and image.dtype == torch.uint8 and image.dim() == 3
@@ -624,27 +601,6 @@ class VideoSegmenter(nn.Module):
             kind, shape = getattr(image, "dtype", type(image).__name__), tuple(getattr(image, "shape", ()))
             raise ValueError(f"an image must be (H, W, 3) uint8, RGB, tensor or array; got {kind} {shape}")
         return image
-
-    def _check_step(self, image, state):
-        _check_normalised(image)
-        decoder = self.static if state is None or self.cell is None else self.cell
-        if decoder.training and image.shape[0] == 1:
-            if any(isinstance(module, GlobalAverage) for module in decoder.modules()):
-                raise ValueError("the batch norm of gap can't train on a single image: call .eval() first, "
-                                 "or give two images or more")
-
-
-def _check_normalised(images):
-    if images.dtype == torch.uint8:
-        raise ValueError("images are uint8: normalise them (data.normalise), or call segment() on one frame")
-
-
-def _check_state(state, features):
-    if not isinstance(state, State):
-        raise ValueError(f"state must be what the last call returned, or None; got {type(state).__name__}")
-    layer4, dec = features[3], features[1]                            # dec has layer2's size
-    if state.layer4.shape != layer4.shape or state.dec[:, 0].shape != dec[:, 0].shape:
-        raise ValueError("the state belongs to a frame of another size; start with state=None")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -698,78 +654,50 @@ CELLS = {name: Genotype(layers) for name, layers in CELLS.items()}
 # --------------------------------------------------------------------------------------------------
 # Table 5, which `python dyncell.py` prints
 
-def frame_calls(width, height, arch2, cells, device="cpu"):
-    """The ways to process a frame, {name: function}: the encoder alone, arch2, and for each cell the
-    encoder and the cell, as on a later frame. For inference: batch norms folded, channels_last, batch 1,
-    float32."""
+def print_frames(title, image, num_classes, names, repeats):
+    """Prints a row for each way to process a frame: the encoder alone, each static network, and for each name
+    in CELLS the encoder and that cell, as on a later frame. Inference: batch norms folded, channels_last."""
     def prepared(module):
-        return fold_batchnorm(module).to(device, memory_format=torch.channels_last)
+        return fold_batchnorm(module).to(image.device, memory_format=torch.channels_last)
 
-    image = torch.randn(1, 3, height, width).to(device, memory_format=torch.channels_last)
-    arch2 = prepared(arch2)
+    static, image = Arch2(num_classes), image.to(memory_format=torch.channels_last)
+    arch2 = prepared(static)
     _, state = VideoSegmenter(arch2, None).step(image)
-    calls = {"encoder alone": lambda: arch2.encode(image), "arch2": lambda: arch2(image)}
-    for name, cell in cells.items():
-        video = VideoSegmenter(arch2, prepared(cell))
-        calls[f"arch2 + {name}"] = lambda video=video: video.step(image, state)
-    return calls
-
-
-def print_frames(title, calls, counts, repeats, device=None):
-    """Prints a row per call of `frame_calls`. counts: {name: parameters}."""
-    ms = milliseconds_in_turn(calls, repeats, device)
+    counts = {"encoder alone": parameters(static.encoder)}
+    calls = {"encoder alone": functools.partial(arch2.encode, image)}
+    for name, network in STATICS.items():
+        whole = network(num_classes)
+        counts[name], calls[name] = parameters(whole), functools.partial(prepared(whole), image)
+    for name in names:
+        cell = DynamicCell(CELLS[name], num_classes)
+        later = VideoSegmenter(arch2, prepared(cell))
+        counts[f"arch2 + {name}"] = parameters(static) + parameters(cell)
+        calls[f"arch2 + {name}"] = functools.partial(later.step, image, state)
+    ms = milliseconds_in_turn(calls, repeats, image.device)
     print(f"\n{title:24} {'parameters':>11} {'G mult-adds':>12} {'ms':>8} {'/ encoder':>10} {'/ arch2':>8}")
     for name, call in calls.items():
         print(f"{name:24} {counts[name]:11,} {multiply_adds(call) / 1e9:12.2f} {ms[name]:8.1f} "
               f"{ms[name] / ms['encoder alone']:10.2f} {ms[name] / ms['arch2']:8.2f}")
 
 
-def print_pixels(title, sizes, arch2, cell, device=None):
-    """Prints the time at each of some sizes (width, height), and the time per megapixel."""
-    print(f"\n{'time against pixels':24} {'arch2 ms':>10} {'ms / Mpixel':>12} {title + ' ms':>12} "
-          f"{'ms / Mpixel':>12}")
-    for width, height in sizes:
-        ms = milliseconds_in_turn(frame_calls(width, height, arch2, {"cell": cell}, device), 5, device)
-        key, later = ms["arch2"], ms["arch2 + cell"]
-        size, megapixels = f"{width} x {height}", width * height / 1e6
-        print(f"{size:24} {key:10.1f} {key / megapixels:12.0f} {later:12.1f} {later / megapixels:12.0f}")
-
-
 @torch.no_grad()
-def print_table_5(device):
-    """arch2 and every cell of CELLS at the sizes of both datasets, then time against pixels."""
-    torch.manual_seed(0)
-    camvid, cityscapes = Arch2(11).eval().to(device), Arch2(19).eval().to(device)
-    cells, counts = {}, {"encoder alone": parameters(camvid.encoder)}
-    for name, genotype in CELLS.items():
-        static = cityscapes if name in ("cell2", "cell3") else camvid
-        cells[name] = DynamicCell(genotype, static.num_classes).eval()
-        counts[f"arch2 + {name}"] = parameters(static) + parameters(cells[name])
-    print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms\n"
-          "folded and channels_last, except for 'arch2, as it is'. 'arch2 + ...': a later frame.\n"
-          "cell0 to cell3 are reconstructions. Times are medians of calls made in turn.")
-
-    calls = frame_calls(480, 360, camvid, cells, device)
-    image = torch.randn(1, 3, 360, 480).to(device)
-    calls["arch2, as it is"] = lambda: camvid(image)
-    counts["arch2"] = counts["arch2, as it is"] = parameters(camvid)
-    print_frames("480 x 360 (CamVid)", calls, counts, 9, device)
-
-    some = {name: cells[name] for name in ("propagate", "cell2", "cell3")}
-    counts["arch2"] = parameters(cityscapes)
-    calls = frame_calls(2048, 1024, cityscapes, some, device)
-    print_frames("2048 x 1024 (CityScapes)", calls, counts, 3, device)
+def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
+    """The static networks and the cells at the frame sizes (height, width) of both datasets."""
+    print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms "
+          "folded and\nchannels_last. 'arch2 + ...': a later frame. cell0 to cell3 are reconstructions. "
+          "Times are medians of\ncalls made in turn.")
+    print_frames("CamVid", torch.randn(1, 3, *camvid, device=device), 11, CELLS, 9)
+    some = "propagate", "cell2", "cell3"
+    print_frames("CityScapes", torch.randn(1, 3, *cityscapes, device=device), 19, some, 3)
     print("Paper, on a 1080Ti: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57. The encoder alone is the floor of a "
           "later frame.")
-    print_pixels("+ cell1", [(240, 180), (480, 360), (960, 720)], camvid, cells["cell1"], device)
 
 
 def main(arguments=None):
     import argparse
-    parser = argparse.ArgumentParser(
-        description="Prints Table 5: parameters, multiply-adds and time per frame of arch2 and of every "
-                    "cell in CELLS, at the sizes of CamVid and CityScapes. Then the time for other frame "
-                    "sizes. It takes about a minute on one core.")
+    parser = argparse.ArgumentParser(description=(
+        "Prints Table 5: parameters, multiply-adds and time per frame of the static networks and of every "
+        "cell in CELLS, at the sizes of CamVid and CityScapes. It takes about a minute on one core."))
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
     print_table_5(usable_device(parser.parse_args(arguments).device))
 
