@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from whole_run import as_script
 
-import dyncell
 import ops
 from data import InputError
 from util import costs
@@ -77,18 +76,6 @@ def test_tables_1_and_2(untimed, capsys):
     for name, make in (ops.OPERATIONS | ops.AGGREGATIONS).items():
         count, _, forward, both, _ = rows[name]
         assert (count, forward, both) == (f"{costs.parameters(make(64)):,}", "1.50", "1.50")
-
-
-def test_table_5(untimed, capsys, monkeypatch):
-    """On frames small enough for a test."""
-    frame_calls = costs.frame_calls
-    monkeypatch.setattr(costs, "frame_calls", lambda w, h, *rest: frame_calls(w // 8, h // 8, *rest))
-    dyncell.main(["--device", "cpu"])
-    out = capsys.readouterr().out
-    rows = {line[:24].strip(): line[24:].split() for line in out.split("2048 x 1024")[0].splitlines()}
-    for name in ("encoder alone", "arch2", "arch2, as it is", *(f"arch2 + {name}" for name in dyncell.CELLS)):
-        assert len(rows[name]) == 5 and rows[name][2:] == ["1.5", "1.00", "1.00"]
-    assert rows["arch2"][0] == "2,846,283" and "960 x 720" in out and "0.55 to 0.57" in out
 
 
 @pytest.mark.parametrize("script", ["ops.py", "dyncell.py", "controller.py"])
