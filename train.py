@@ -368,10 +368,9 @@ def new_cell(run, static, genotype, rng, past=True):
 # ---- Sect. 3.3, 4.1: the search ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def score(run, cell, stored, windows, worth=1.0):
+def score(run, cell, stored, windows):
     """Sect. 3.3: the reward is the geometric mean of mIoU, frequency-weighted IoU and mean class accuracy,
-    of every frame after the first, at the labels' resolution. worth: a factor of it, 1 but for
-    --latency-weight."""
+    of every frame after the first, at the labels' resolution."""
     cell.eval()
     confusion = Confusion(run.num_classes)
     for window in windows.split(run.recipe.search_batch):
@@ -384,7 +383,7 @@ def score(run, cell, stored, windows, worth=1.0):
             confusion.update(pred.argmax(1), labels)
     cell.train()
     _, miou, fwiou, macc, reward = confusion.scores()
-    return {"reward": reward * worth, "miou": miou, "fwiou": fwiou, "macc": macc}
+    return {"reward": reward, "miou": miou, "fwiou": fwiou, "macc": macc}
 
 
 def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry):
@@ -395,7 +394,6 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     r, (stored, windows) = run.recipe, meta_train
     cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
     entry["parameters"] = parameters(cell)
-    worth = table.latency_worth(run, cell, static, stored, entry)
     optimizer = adam(cell, r.cell_lr, r.weight_decay)
     rng, steps, losses = generator(r.seed, "crop", k), [], []
     for epoch in range(r.search_epochs):
@@ -403,7 +401,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     for step, batch in enumerate(steps):
         if r.early_stop and 0 < step == len(steps) // 2:          # half way: is it promising?
             check_finite(losses, "half way")
-            scores = score(run, cell, *meta_val, worth)
+            scores = score(run, cell, *meta_val)
             entry["half_reward"] = scores["reward"]
             draw = torch.rand(1, generator=generator(r.seed, "stop", k)).item()
             if not early_stop.promising(scores["reward"], draw):
@@ -413,7 +411,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
         update(loss, [optimizer], poly(step / len(steps), r.poly_power))
         losses.append(loss.detach())
     check_finite(losses, "at the end")
-    entry.update(score(run, cell, *meta_val, worth))
+    entry.update(score(run, cell, *meta_val))
 
 
 def search(run):
@@ -455,6 +453,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
                 genotype = Genotype.from_tokens(row)
                 with log.candidate(k, genotype) as entry:
                     train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry)
+                    table.weigh_latency(run, genotype, static, meta_train[0], entry)      # [ours]
                 progress.update(len(log), **log.standing(k))
         log.meet()                                                # now every process has all of this round
         for k in numbers:                                         # [ours]: the early stop moves once a round
@@ -558,15 +557,12 @@ def segment_clips(run, video, split, key_frame_every=0):
             progress.update(k + 1)
 
 
-def evaluate_video(run, video, split, key_frame_every=0, answers=None):
-    """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class.
-    answers: where the label maps go, too, by frame number."""
+def evaluate_video(run, video, split, key_frame_every=0):
+    """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
     confusion, steady, recent = Confusion(run.num_classes), Consistency(3), []
     windows = run.frames(split).windows(3).tolist()
     for k, pred, label in segment_clips(run, video, split, key_frame_every):
         confusion.update(pred, label)
-        if answers is not None:
-            answers[k] = pred
         recent = [*recent, (k, pred, label)][-3:]
         numbers, preds, labels = zip(*recent)
         if list(numbers) in windows:
@@ -577,16 +573,13 @@ def evaluate_video(run, video, split, key_frame_every=0, answers=None):
 
 
 def evaluate(run):
-    """Table 5: every network on val and on the split that is reported (test; CityScapes: val)."""
+    """Tables 3 to 5: every network on val and on the split that is reported (test; CityScapes: val)."""
     rows = table.Table(run)
-    for network, distances in rows.missing():                    # what no evaluation has scored before
+    for network, intervals in rows.missing():                    # what no evaluation has scored before
         video = run.load(network.name)
-        costs = {"parameters": parameters(video), **table.frame_costs(run, video)}
-        for every in distances:
-            answers, scores = rows.answers(network, every), {}           # answers: for Figs. 5 and 6
-            for split in run.splits[1:]:
-                reported = split == run.splits[-1]
-                scores[split] = evaluate_video(run, video, split, every, answers if reported else None)
+        costs = table.frame_costs(run, video)
+        for every in intervals:
+            scores = {split: evaluate_video(run, video, split, every) for split in run.splits[1:]}
             rows.add(network, every, costs, scores)
     rows.finish(segment_clips)
 

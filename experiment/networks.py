@@ -1,13 +1,15 @@
 """Which networks are trained and compared: the baseline, found cells, cells by name, controls, seeds."""
 import hashlib
 import pathlib
+import re
 import typing
 
-from dyncell import CELLS, DECODER, Genotype, make_cell  # make_cell: for others that import it from here
-from dyncell import DecoderCell as Decoder
+from dyncell import CELLS, DECODER, Genotype, make_cell  # make_cell: runs and predict import it from here
 from experiment import weights
 from util.errors import InputError
 from util.files import load, read_log
+
+KNOWN = {**CELLS, DECODER: DECODER}          # name: Genotype or DECODER, the static network's decoder
 
 
 def as_text(genotype):
@@ -16,52 +18,101 @@ def as_text(genotype):
 
 
 def cell_of(text):
-    """The argument of --cell -> a name for files, and a Genotype or DECODER.
+    """The argument of --cell -> the cell's name, and its Genotype or DECODER.
 
-    The argument may be a name in CELLS, "decoder", a JSON file, a checkpoint of a cell, or a genotype as
-    JSON or as it is printed. A cell that is not in CELLS is named by a hash. Raises InputError for anything
-    else."""
-    if text == DECODER or text in CELLS:
-        return text, CELLS.get(text, DECODER)
+    The argument is a name in CELLS, "decoder", a file (a genotype's JSON, or a checkpoint, of which only the
+    genotype is taken), or a genotype: as it is printed, as JSON, as a list of tokens. NAME=ARGUMENT names the
+    row; else a cell that is not in CELLS is named by a hash. Raises InputError for anything else."""
+    found = re.fullmatch(r"\s*(\w+)\s*=(.*)", text, re.DOTALL)
+    name, cell = found.groups() if found and not re.fullmatch(r"node\d+", found[1]) else (None, text)
     try:
-        genotype = Genotype(read_cell(text))
+        genotype = read_cell(cell.strip())
     except ValueError as error:
         raise InputError(f"argument --cell: invalid choice: {text[:60]!r} ({error}); it takes "
-                         f"{', '.join(CELLS)}, {DECODER}, a JSON file of a genotype, a checkpoint of a "
-                         "cell, or a genotype as it is printed") from None
-    for name, known in CELLS.items():
-        if genotype == known:
-            return name, known
-    return f"custom-{hashlib.sha256(genotype.to_json().encode()).hexdigest()[:6]}", genotype
+                         f"{', '.join(KNOWN)}, a JSON file of a genotype, a checkpoint of a cell, or a "
+                         "genotype as it is printed; NAME=GENOTYPE names its row") from None
+    known = {cell: name for name, cell in KNOWN.items()}.get(genotype)
+    if name is None:
+        digest = hashlib.sha256(as_text(genotype).encode()).hexdigest()
+        return known or f"custom-{digest[:6]}", genotype
+    # Without "-", so that it is no name of the program's: cell-0, cell-x-seed1, cell-x-alone.
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name in KNOWN and name != known:
+        raise InputError(f"argument --cell: {name!r} can't be a name: it takes a letter, then letters, digits "
+                         "and _, and must not be the name of another cell")
+    return name, genotype
 
 
 def read_cell(text):
-    """The content of the file of this name, or the text itself if it is no file name."""
-    path = pathlib.Path(text)
-    if not text.lower().endswith((".json", ".jsonl", ".pt", ".txt")):
-        return text
-    try:
-        if path.suffix == ".pt":
-            return weights.read(path, "--cell takes a trained cell")["genotype"]
-        return path.read_text()
-    except KeyError:
-        raise ValueError("not the checkpoint of a cell") from None
-    except OSError as error:
-        raise ValueError(error.strerror) from None
+    """What --cell takes, without NAME= -> a Genotype or DECODER. Raises ValueError or InputError."""
+    path = pathlib.Path(text).expanduser()
+    if path.suffix.lower() == ".pt":
+        content = weights.read(path, "--cell takes a trained cell")
+        if not isinstance(content, dict) or "genotype" not in content:
+            raise ValueError("not the checkpoint of a cell")
+        text = content["genotype"]
+    elif path.suffix.lower() in (".json", ".jsonl", ".txt"):
+        try:
+            text = path.read_text().strip()
+        except OSError as error:
+            raise ValueError(error.strerror) from None
+    return KNOWN[text] if text in KNOWN else Genotype(text)
 
 
-def cell_text(text):
-    """The argument of --cell as a recipe keeps it: a name or the printed genotype, never a file, which may
-    move."""
-    name, genotype = cell_of(text)
-    return name if genotype == DECODER or name in CELLS else str(genotype)
+def cell_texts(arguments):
+    """The arguments of --cell as a recipe keeps them, each once: with genotypes, not files, which may move.
+    Raises InputError if two cells have the same name."""
+    cells, texts = {}, []
+    for name, genotype in map(cell_of, arguments):
+        if cells.setdefault(name, genotype) != genotype:
+            raise InputError(f"argument --cell: {name!r} is the name of two cells; choose another one")
+        named = str(genotype) if name.startswith("custom-") else f"{name}={genotype}"
+        texts.append(name if name in KNOWN else named)
+    return tuple(dict.fromkeys(texts))
 
 
-TITLES = {DECODER: "arch2's decoder as the cell", "cell0": "cell0 (reconstructed)",
-          "cell1": "cell1 (reconstructed)", "cell2": "cell2 (reconstructed)",
-          "cell3": "cell3 (reconstructed)"}
 # For each search: its log, the name of its cells in files, and its name in the table.
 SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
+
+
+def strategies(recipe):
+    """The searches of a run."""
+    if not recipe.cells:
+        return ()
+    return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
+
+
+def ranked(run, strategy):
+    """The distinct genotypes of a search, best reward first. Raises InputError if it is not finished, or if
+    all candidates failed."""
+    path, count = run.path(SEARCHES[strategy][0]), run.recipe.search_candidates
+    entries = [entry for k, entry in read_log(path).items() if k < count]
+    if len(entries) < count:
+        raise InputError(f"{path}: has {len(entries)} of {count} candidates; run --stage search first, or "
+                         "take fewer by --search-candidates")
+    entries = [entry for entry in entries if entry["status"] == "ok"]
+    if not entries:
+        raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
+    entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
+    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
+
+
+def trained(run, name):
+    """The Genotype or DECODER of a cell that was trained under this name, or None."""
+    for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")):
+        if path.exists():
+            text = load(path)["genotype"]
+            return text if text == DECODER else Genotype(text)
+
+
+def numbered(run, kind, genotypes):
+    """{genotype: name}, where names are cell-0, cell-1, ... A cell that was trained keeps its name, even if
+    the search has continued and found better ones. New cells get the next numbers."""
+    names = {}
+    while genotype := trained(run, f"{kind}-{len(names)}"):
+        names[genotype] = f"{kind}-{len(names)}"
+    for genotype in genotypes:
+        names.setdefault(genotype, f"{kind}-{len(names)}")
+    return names
 
 
 class Network(typing.NamedTuple):
@@ -74,66 +125,48 @@ class Network(typing.NamedTuple):
 
     @property
     def control(self):
+        """Whether it is only there for comparison, and never a run's best."""
         return self.genotype in (None, DECODER) or not self.past
 
 
-def strategies(recipe):
-    """The searches of a run."""
-    if not recipe.cells:
-        return ()
-    return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
+def found(run, strategy):
+    """The networks with cells that a search has found."""
+    _, kind, title = SEARCHES[strategy]
+    order, chosen = ranked(run, strategy), []
+    best = order[:run.recipe.cells]
+    for genotype, name in numbered(run, kind, best).items():
+        chosen.append(Network(name, f"{name}, {title}", genotype))
+        looks_back = set(genotype.inputs()) & {0, 1}              # layer4 or dec of the previous frame
+        if genotype == best[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
+            chosen.append(Network(f"{name}-without-past", f"{name}, without the past", genotype, past=False))
+    if run.recipe.median_cell and strategy == "random":
+        for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
+            chosen.append(Network(name, "random search's median cell", genotype))
+    return chosen
 
 
-def ranked(run, strategy):
-    """The distinct genotypes of a search, best reward first. Raises InputError if all candidates failed."""
-    path, r = run.path(SEARCHES[strategy][0]), run.recipe
-    entries = []
-    for entry in read_log(path).values():
-        if entry["status"] == "ok" and entry["candidate"] < r.search_candidates:
-            entries.append(entry)
-    if not entries:
-        raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
-    entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
-    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
-
-
-def numbered(run, kind, genotypes):
-    """{genotype: name}, where names are cell-0, cell-1, ... A cell that was trained keeps its name, even if
-    the search has continued and found better ones. New cells get the next numbers."""
-    names = {}
-    while True:
-        name = f"{kind}-{len(names)}"
-        paths = [path for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")) if path.exists()]
-        if not paths:
-            break
-        names[Genotype.from_json(load(paths[0])["genotype"])] = name
-    for genotype in genotypes:
-        names.setdefault(genotype, f"{kind}-{len(names)}")
-    return names
+def named(run):
+    """The networks with the cells that --cell names. Raises InputError if one of the names belongs to
+    another cell in the run's folder."""
+    chosen = []
+    for name, genotype in map(cell_of, run.recipe.cell):
+        title = {DECODER: "the static decoder as the cell"}.get(name, name)
+        published = re.fullmatch(r"cell\d", name)                 # see CELLS
+        chosen.append(Network(f"cell-{name}", title + " (reconstructed)" * bool(published), genotype))
+        if trained(run, f"cell-{name}") not in (None, genotype):
+            raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} holds another cell of this name; "
+                             "choose another one")
+    return chosen
 
 
 def networks(run):
     """The networks that finetune trains and evaluate scores, in the table's order. Rank 0 decides for all
     processes."""
-    chosen = [Network("baseline", "per-frame baseline, trained as long")]
+    chosen = [Network("baseline", "baseline, fine-tuned as long")]
     if run.rank == 0:
         for strategy in strategies(run.recipe):
-            _, kind, said = SEARCHES[strategy]
-            order = ranked(run, strategy)
-            best = order[:run.recipe.cells]
-            names = numbered(run, kind, best)
-            for genotype, name in names.items():
-                chosen.append(Network(name, f"{name}, {said}", genotype))
-                looks_back = set(genotype.inputs()) & {0, 1}      # layer4 or dec of the previous frame
-                if genotype == best[0] and looks_back and kind == "cell" and run.recipe.without_past:
-                    title = f"{name}, the past zeroed"
-                    chosen.append(Network(f"{name}-without-past", title, genotype, past=False))
-            if run.recipe.median_cell and kind == "random":
-                for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
-                    chosen.append(Network(name, "random search's median cell", genotype))
-        for text in run.recipe.cell:
-            name, genotype = cell_of(text)
-            chosen.append(Network(f"cell-{name}", TITLES.get(name, name), genotype))
+            chosen += found(run, strategy)
+        chosen += named(run)
     seeded = []
     for network in run.agree(chosen):
         seeded.append(network)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import data
 from dyncell import CELLS, STATICS
 from experiment import schedules, weights
-from experiment.networks import SEARCHES, cell_text
+from experiment.networks import SEARCHES, cell_texts
 from experiment.runs import Run, best_device, check_recipe, flag, locked
 from util.errors import InputError
 from util.files import load, save
@@ -93,7 +93,7 @@ def parse(arguments, Recipe, recipe_for, stages, description):
             value = getattr(command, field.name)
             given[field.name] = tuple(value) if isinstance(value, list) else value
     if "cell" in given:
-        given["cell"] = tuple(dict.fromkeys(cell_text(os.path.expanduser(text)) for text in given["cell"]))
+        given["cell"] = cell_texts(given["cell"])
     command.given, command.named_run = given, command.run is not None
     command.run = pathlib.Path(command.run or f"runs/{given.get('dataset', 'synthetic')}")
     command.stages = [command.stage] if command.stage else list(stages)

@@ -18,7 +18,7 @@ from dyncell import Arch2, VideoSegmenter, fold_batchnorm
 from experiment import weights
 from experiment.networks import make_cell
 from experiment.runs import best_device, flag
-from experiment.table import distance
+from experiment.table import interval
 from util import charts, images
 from util.costs import usable_device
 from util.errors import InputError, brief, told
@@ -206,7 +206,7 @@ def predict(command):
     width, height = video.size
     there = f"; {done} are there already" if done else ""
     frames = f"{len(video.names)} frames" if len(video.names) > 1 else "1 frame"
-    print(f"predict: {frames} by {path.stem}, key frame {distance(every)}, {width} x {height}{there}")
+    print(f"predict: {frames} by {path.stem}, key frame {interval(every)}, {width} x {height}{there}")
     if size and not 1 / 2 <= min(video.size) / min(size) <= 2:
         print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; it is "
               "unreliable on such different ones, so resize them to about that")

@@ -1,32 +1,34 @@
-"""Additions to the paper: control networks, cells by name, seeds, latency, and the table of results.
+"""The stages of a run, and the table of results: its rows, latency, and what is printed.
 
-A control is a network to which the cells are compared, and is never a run's best: the baseline trained as
-long, arch2's own decoder used as a cell, the best cell with the past zeroed."""
+Additions to the paper: control networks, seeds, key-frame intervals, val beside test."""
 import collections
 import contextlib
 import hashlib
 import json
 import math
 import pathlib
+import platform
+import re
+import shlex
 import statistics
 import time
-import zlib
 
 import torch
 
 import data
-from dyncell import fold_batchnorm
+from dyncell import DECODER, VideoSegmenter, fold_batchnorm, make_cell
 from experiment import figures, weights
-from experiment.networks import SEARCHES, Decoder, Network, networks, strategies
+from experiment.networks import SEARCHES, Network, networks, strategies
 from experiment.runs import fields_of, set_tf32
-from util.costs import milliseconds, milliseconds_in_turn, multiply_adds
+from util.costs import milliseconds_in_turn, multiply_adds, parameters
 from util.errors import InputError, told
 from util.files import load, read_log, save
 from util.progress import Progress, duration
 
-
 # ---------------------------------------------------------------------------------------------------------
-# Which networks?
+# The stages of a command
+
+NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 
 
 def logs(run):
@@ -59,9 +61,6 @@ def done(run, stage):
     return run.agree(not missing and table.finished)
 
 
-NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
-
-
 @contextlib.contextmanager
 def stage(run, name, stages):
     """A context for a stage. Yields whether anything is to be done; prints the stage's number and its time,
@@ -81,8 +80,8 @@ def stage(run, name, stages):
             yield missing
     finally:
         Progress.stage = ""
-    said = f"done in {duration(time.time() - start)}" if missing else "nothing is missing"
-    print(f"{name}: {said}", flush=True)
+    took = f"done in {duration(time.time() - start)}" if missing else "nothing is missing"
+    print(f"{name}: {took}", flush=True)
     if run.rank == 0:
         for path in figures.draw(run.folder, name, again=missing):
             print(f"{name}: drew {path}")
@@ -104,51 +103,68 @@ def print_next(run, name):
         print(f"next: the same command with --stage {after[name]}")
     else:
         print(f"\nThe figures are in {run.path('figures')}. To segment a video of your own:\n    python "
-              f"train.py --stage predict --run {run.folder} --input FRAMES_DIR_OR_GIF --output OUT")
+              f"train.py --stage predict --run {shlex.quote(str(run.folder))} --input FRAMES_DIR_OR_GIF "
+              "--output OUT")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Latency
 
 @torch.no_grad()
-def latency_worth(run, cell, static, stored, entry):
-    """The factor (time / target) ** -latency_weight of a cell's reward; 1 if the weight is 0. [ours], after
-    the outlook in Sect. 1.
+def weigh_latency(run, genotype, static, stored, entry):
+    """A candidate's reward times (time / target) ** -latency_weight, and its time in the log. [ours], after
+    the outlook in Sect. 1. The early stop compares half-way rewards without it.
 
-    The time is measured, so such a search is only as reproducible as the machine's times."""
+    The time is the cell's, in ms per frame: batch norms folded, batch 1. It is measured, so such a search is
+    only as reproducible as the machine's times."""
     if not run.recipe.latency_weight:
-        return 1.0
-    names = "layer4", "dec", "layer2", "layer3", "layer4"
-    inputs = [stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last) for name in names]
+        return
 
-    def time_of(module):                     # ms per frame of the cell alone: folded, batch 1
-        return milliseconds(fold_batchnorm(module).to(memory_format=torch.channels_last), *inputs)
+    def timed(genotype):
+        cell = make_cell(genotype, static).to(run.device).eval()
+        cell = fold_batchnorm(cell).to(memory_format=torch.channels_last)
+        return lambda: cell(*inputs)
 
-    entry["ms"] = time_of(cell)
-    target = run.recipe.latency_target or time_of(Decoder(static))
-    return (entry["ms"] / target) ** -run.recipe.latency_weight
+    inputs = []                                                   # as DynamicCell takes them
+    for name in ("layer4", "dec", "layer2", "layer3", "layer4", "layer1"):
+        if name in stored.maps:                                   # layer1 is stored only if it is needed
+            inputs.append(stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last))
+    ms = milliseconds_in_turn({"cell": timed(genotype), "decoder": timed(DECODER)})
+    entry["ms"], target = ms["cell"], run.recipe.latency_target or ms["decoder"]
+    entry["reward"] *= (entry["ms"] / target) ** -run.recipe.latency_weight
 
 
 @torch.no_grad()
 def frame_costs(run, video):
-    """ms of the encoder alone, of a key frame and of a later frame, and multiply-adds of a later frame. As
-    in the evaluation: padded, batch norms folded, float32, batch 1, prediction at 1/8."""
+    """Parameters, multiply-adds of a later frame, and ms of the encoder alone, of a key frame and of a later
+    frame (medians of 9). As in the evaluation: padded, batch norms folded, float32, batch 1."""
     image, label = run.frames("val")[0]
     image, _ = data.pad(data.normalise(image[None]), label[None], video.pad)      # (1, 3, H, W)
-    image = image.contiguous(memory_format=torch.channels_last)
+    image, count = image.contiguous(memory_format=torch.channels_last), parameters(video)
     video = fold_batchnorm(video).to(memory_format=torch.channels_last)
     _, state = video.step(image)
     calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
              "ms_later_frame": lambda: video.step(image, state)}
     ms = milliseconds_in_turn(calls, repeats=9)
-    return {**ms, "multiply_adds": multiply_adds(calls["ms_later_frame"])}
+    return {"parameters": count, "multiply_adds": multiply_adds(calls["ms_later_frame"]), **ms,
+            "machine": machine(run.device)}
+
+
+def machine(device):
+    """What times were measured on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    info = pathlib.Path("/proc/cpuinfo")                          # Linux has it
+    model = re.search("model name\\s*: (.*)", info.read_text() if info.exists() else "")
+    model = model[1] if model else platform.processor() or platform.machine()
+    return f"{device} ({model}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def mean_times(run, costs, every):
     """Mean ms per frame, as in Table 5: "the baseline on the first frame and the dynamic cell on the rest".
     Once over a sequence of the training's length, once over the clips of the reported split.
 
-    every: the key-frame distance; 0: only the first frame is a key frame"""
+    every: the key-frame interval; 0: only the first frame is a key frame"""
     def mean(lengths):
         total = 0
         for length in lengths:
@@ -161,16 +177,15 @@ def mean_times(run, costs, every):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The table
+# The rows
 
 class Table:
     """The rows of results.json. Each is saved at once, so an interrupted evaluation continues."""
 
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
-        self.kept = {}                       # (network, key-frame distance) -> Answers of this evaluation
         fields = [name for name in fields_of(run.recipe, "end") if name not in weights.FILES]
-        values = json.dumps([[name, getattr(run.recipe, name)] for name in fields])
+        values = json.dumps(["machine", *([name, getattr(run.recipe, name)] for name in fields)])
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
         if self.path.exists():               # rows of networks from another recipe are scored again
             saved = load(self.path)
@@ -178,73 +193,79 @@ class Table:
             self.finished = "best" in saved
 
     def missing(self):
-        """[(network, key-frame distances)] of the rows that have no scores yet. Empty except in rank 0,
+        """[(network, key-frame intervals)] of the rows that have no scores yet. Empty except in rank 0,
         which evaluates alone."""
         made, rows = {(row["name"], row["key_frame_every"]) for row in self.rows}, []
         for network in [Network("static", "per-frame baseline"), *networks(self.run)]:
-            distances = dict.fromkeys(self.run.recipe.key_frames) if network.genotype else [1]
-            distances = [every for every in distances if (network.name, every) not in made]
-            if distances:
-                rows.append((network, distances))
+            intervals = dict.fromkeys(self.run.recipe.key_frames) if network.genotype else [1]
+            intervals = [every for every in intervals if (network.name, every) not in made]
+            if intervals:
+                rows.append((network, intervals))
         return rows if self.run.rank == 0 else []
 
     def add(self, network, every, costs, scores):
-        genotype = None if network.genotype is None else str(network.genotype)
-        self.rows.append({"name": network.name, "title": network.title, "seed": network.seed,
-                          "control": network.control, "key_frame_every": every, "genotype": genotype,
-                          "made_with": self.made_with,
-                          **costs, **mean_times(self.run, costs, every), **without_nan(scores)})
+        row = new_row(self.run, network, every, costs, scores)
+        self.rows.append({**row, "made_with": self.made_with})
         save(self.path, {"rows": self.rows})
         split = self.run.splits[-1]
-        miou = 100 * scores[split]["miou"]
-        print(f"evaluate: {network.name}, key frame {distance(every)}: {split} mIoU {miou:.1f} %", flush=True)
-
-    def answers(self, network, every):
-        """A new Answers for the label maps of a network on the reported split."""
-        self.kept[network.name, every] = Answers(self.run.frames(self.run.splits[-1]))
-        return self.kept[network.name, every]
+        print(f"evaluate: {network.name}, key frame {interval(every)}: {split} mIoU "
+              f"{percent([row], split, 'miou')} %", flush=True)
 
     def finish(self, segment_clips):
         """Saves the name of the best cell on val, and the frames where it and the baseline differ most."""
-        if self.run.rank:
+        run, split, first = self.run, self.run.splits[-1], self.run.recipe.key_frames[0]
+        if run.rank:
             return
-        run, split = self.run, self.run.splits[-1]
-        first = run.recipe.key_frames[0]
         cells = [row for row in self.rows if row["genotype"] and row["key_frame_every"] == first]
         cells = [row for row in cells if not row["control"]] or cells
-        best = max(cells, key=lambda row: row["val"]["miou"])
-        answers = []
-        for name, every in (("baseline", 1), (best["name"], first)):      # not kept from an earlier call
-            kept = self.kept.get((name, every))
-            answers.append(kept or segment_clips(run, run.load(name), split, every))
-        save(run.path("examples.pt"), differing_frames(run.frames(split), *answers, best["name"]))
-        save(self.path, {"rows": self.rows, "reported": split, "best": best["name"],
-                         "device": str(run.device), "threads": torch.get_num_threads(),
-                         "torch": torch.__version__})
+        best = max(cells, key=lambda row: row["val"]["miou"] or 0)["name"]
+        both = [segment_clips(run, run.load(name), split, every)
+                for name, every in (("baseline", 1), (best, first))]
+        save(run.path("examples.pt"), differing_frames(run.frames(split), *both, best))
+        save(self.path, {"rows": self.rows, "best": best, **reported(run)})
 
 
-class Answers:
-    """Label maps of a split's frames, compressed to a hundredth of their size. Iterating yields (frame
-    number, label map, label), as segment_clips does."""
-
-    def __init__(self, frames):
-        self.frames, self.packed = frames, {}
-
-    def __setitem__(self, k, pred):
-        self.packed[k] = pred.shape, zlib.compress(pred.cpu().numpy().tobytes(), 1)
-
-    def __iter__(self):
-        for k, (shape, packed) in self.packed.items():
-            pred = torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).reshape(shape)
-            _, label = self.frames[k]
-            yield k, pred.to(label.device), label
+def new_row(run, network, every, costs, scores):
+    """A row of the table. scores: {split: what evaluate_video returns}; JSON lacks NaN, so None stands for
+    what was not measured."""
+    row = {"name": network.name, "title": network.title, "seed": network.seed, "control": network.control,
+           "key_frame_every": every, "genotype": network.genotype and str(network.genotype),
+           **costs, **mean_times(run, costs, every)}
+    for split, values in scores.items():
+        iou = {name: None if math.isnan(value) else value for name, value in values["iou"].items()}
+        row[split] = {name: None if value != value else value for name, value in values.items()}
+        if not any(value is not None for value in iou.values()):  # not one labelled pixel
+            row[split].update(miou=None, fwiou=None, macc=None)
+        row[split]["iou"] = iou
+    return row
 
 
-def without_nan(value):
-    """Replaces NaN, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
-    return None if value != value else value
+def reported(run):
+    """What print_table needs beside the rows. A class without a labelled pixel counts as 0 in mIoU where a
+    network predicts it. Frames that are not in memory are CityScapes', which has every class."""
+    frames = run.frames(run.splits[-1])
+    classes = frames.dataset.classes
+    pixels = [1] * len(classes)
+    if frames.labels is not None:
+        pixels = torch.bincount(frames.labels.flatten(), minlength=256).tolist()
+    absent = [name for name, count in zip(classes, pixels) if not count]
+    return {"reported": run.splits[-1], "never_labelled": absent, "dataset": run.recipe.dataset}
+
+
+def evaluate_network(run, path, evaluate_video):
+    """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved. It needs
+    none of the run's trainings. evaluate_video: train.evaluate_video. Raises InputError."""
+    path, classes = pathlib.Path(path), list(run.frames("val").dataset.classes)
+    video = VideoSegmenter.load(path)
+    if list(video.classes) != classes:
+        raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
+                         f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")
+    genotype, rows = video.cell and getattr(video.cell, "genotype", DECODER), []
+    network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
+    for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:
+        scores = {split: evaluate_video(run, video, split, every) for split in run.splits[1:]}
+        rows.append(new_row(run, network, every, costs, scores))
+    print_table({"rows": rows, **reported(run)})
 
 
 def differing_frames(frames, baseline, cell, cell_name, count=4, apart=20):
@@ -272,49 +293,65 @@ def differing_frames(frames, baseline, cell, cell_name, count=4, apart=20):
             "differ": [share for share, _, _, _ in chosen]}
 
 
-def distance(every):
+# ---------------------------------------------------------------------------------------------------------
+# What is printed
+
+def interval(every):
+    """A key-frame interval in words."""
     return {0: "first only", 1: "every"}.get(every, f"every {every}")
 
 
 def percent(rows, split, name):
-    """The mean in %, and for several seeds their standard deviation."""
+    """The mean over seeds in %, and for several seeds their standard deviation; "-" if not measured."""
     values = [row[split][name] for row in rows]
-    if None in values:                                            # no three labelled frames in a row
+    if None in values:
         return "-"
     values = [100 * value for value in values]
     return f"{statistics.mean(values):.1f}" + (f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def print_table(results):
-    """Prints the paper's Table 5 from results.json, and the IoU of each class."""
-    split, groups = results["reported"], collections.defaultdict(list)
+    """Prints the rows of results.json: mIoU as in Table 3 (CityScapes: Table 4), parameters and times as in
+    Table 5; then the IoU of each class, and the genotypes."""
+    split, groups, machines = results["reported"], collections.defaultdict(list), {}
     for row in results["rows"]:                                   # the seeds of a row are reported as one
         groups[row["title"], row["key_frame_every"]].append(row)
+        machines.setdefault(row["machine"], f"[{len(machines) + 1}]")
     seeds = "; mean ± standard deviation over seeds" if len(groups) < len(results["rows"]) else ""
-    print(f"\n{split} split; mIoU and consistency in %; multiply-adds (G) and ms of a later frame; mean ms "
-          f"per frame of a\nsequence (as in Table 5) and of a clip, on {results['device']} "
-          f"({results['threads']} threads){seeds}")
+    several = len(machines) > 1                                   # times don't compare: a number says whose
+    number = 4 if results["dataset"] == "cityscapes" else 3
+    print(f"\n{split} split; mIoU (Table {number}) and consistency in %{seeds}. Parameters, times (Table 5): "
+          "multiply-adds (G)\nand ms of a later frame; mean ms per frame of a sequence and of a clip, on "
+          + "; ".join(f"{mark} {name}" if several else name for name, mark in machines.items()))
     print(f"{'':38} {'key frame':>10} {'mIoU':>10} {'consistency':>11} {'parameters':>11} {'mult-adds':>9} "
           f"{'ms later':>9} {'sequence':>8} {'clip':>6} {'/ encoder':>9} {'val mIoU':>10}")
     for (title, every), rows in groups.items():
         of_encoder = statistics.median(row["ms_later_frame"] / row["ms_encoder"] for row in rows)
-        print(f"{title:38} {distance(every):>10} {percent(rows, split, 'miou'):>10} "
+        print(f"{title:38} {interval(every):>10} {percent(rows, split, 'miou'):>10} "
               f"{percent(rows, split, 'consistency'):>11} {rows[0]['parameters']:11,} "
               f"{rows[0]['multiply_adds'] / 1e9:9.2f} {rows[0]['ms_later_frame']:9.1f} "
               f"{rows[0]['ms_sequence']:8.1f} {rows[0]['ms_clip']:6.1f} {of_encoder:9.2f} "
-              f"{percent(rows, 'val', 'miou'):>10}")
-    classes = results["rows"][0][split]["iou"]
-    names = "".join(f" {name[:10]:>10}" for name in classes)
-    print(f"\n{'IoU of each class (the first key frame)':38}{names}")
-    first = {}                                                    # title: rows of its first distance
+              f"{percent(rows, 'val', 'miou'):>10}" + f" {machines[rows[0]['machine']]}" * several)
+    print_classes(split, groups, results["never_labelled"])
+
+
+def print_classes(split, groups, never_labelled):
+    """Prints the IoU of each class at a network's first key-frame interval, and the cells' genotypes."""
+    first = {}                                                    # title: rows of its first interval
     for (title, _), rows in groups.items():
         first.setdefault(title, rows)
+    classes = next(iter(first.values()))[0][split]["iou"]
+    names = "".join(f" {name[:10]:>10}" for name in classes)
+    print(f"\n{'IoU of each class (the first key frame)':38}{names}")
     for title, rows in first.items():
         line = f"{title:38}"
         for name in classes:
             values = [row[split]["iou"][name] for row in rows]
             line += f"{'-' if None in values else f'{100 * statistics.mean(values):.1f}':>11}"
         print(line)
+    if never_labelled:
+        print(f"no pixel of the {split} split is labelled {', '.join(never_labelled)}; such a class counts "
+              "in mIoU, as 0, where it is predicted")
     for title, rows in first.items():
         if rows[0]["genotype"]:
             print(f"{title}: {rows[0]['genotype']}")
@@ -323,10 +360,10 @@ def print_table(results):
 def print_rise(run, parts=4):
     """Prints a line for each search that shows whether later candidates have higher rewards (Fig. 3)."""
     for strategy in strategies(run.recipe):
-        file, _, said = SEARCHES[strategy]
+        file, _, title = SEARCHES[strategy]
         rewards = [entry["reward"] for _, entry in sorted(read_log(run.path(file)).items())]
         size = len(rewards) // parts
         if size:
             means = [statistics.mean(rewards[k * size:(k + 1) * size]) for k in range(parts)]
-            print(f"mean reward of {said}'s candidates, {size} at a time: "
+            print(f"mean reward of {title}'s candidates, {size} at a time: "
                   + " ".join(f"{mean:.2f}" for mean in means))

@@ -372,19 +372,6 @@ def test_a_candidate_below_the_running_average_is_stopped_half_way(run, untraine
         assert not entry["stopped"] and entry["half_reward"] is None
 
 
-def test_latency_is_a_factor_of_the_reward(run, untrained):
-    """Sect. 1's outlook: reward * (time / target) ** -W."""
-    plain = candidate(run, untrained)
-    run.recipe.latency_weight, run.recipe.latency_target = 0.5, 0.001     # a microsecond: all are too slow
-    slow = candidate(run, untrained)
-    factor = (slow["ms"] / 0.001) ** -0.5
-    assert "ms" not in plain and slow["ms"] > 0 and slow["miou"] == plain["miou"]
-    assert slow["reward"] == pytest.approx(plain["reward"] * factor)
-    assert slow["half_reward"] == pytest.approx(plain["half_reward"] * factor)
-    run.recipe.latency_target = 0.0                                       # the time of arch2's decoder
-    assert candidate(run, untrained)["reward"] > slow["reward"]
-
-
 @pytest.mark.parametrize("error, status", [(None, "not finite"), (MemoryError(), "out of memory")])
 def test_a_candidate_that_fails_gets_no_reward_and_is_logged(run, untrained, monkeypatch, error, status):
     def cell_loss(run, cell, sequences):

@@ -137,13 +137,14 @@ def test_a_cell_is_a_name_a_file_a_checkpoint_or_a_text(smoke, tmp_path):
     (tmp_path / "own.json").write_text(own)
     name, genotype = networks.cell_of(own)
     assert name.startswith("custom-") and len(name) == len("custom-") + 6
-    for text in (str(tmp_path / "own.json"), str(smoke / "cell-0.pt"), str(genotype), networks.cell_text(own),
+    for text in (str(tmp_path / "own.json"), str(smoke / "cell-0.pt"), str(genotype),
+                 *networks.cell_texts([own]),
                  json.dumps({"tokens": genotype.to_tokens()}),
                  json.dumps({"genotype": json.loads(own), "reward": 0.5})):
         assert networks.cell_of(text) == (name, genotype)
     assert networks.cell_of("decoder") == ("decoder", "decoder")
     for text in ("warp", CELLS["warp"].to_json(), str(CELLS["warp"])):
-        assert networks.cell_of(text) == ("warp", CELLS["warp"]) and networks.cell_text(text) == "warp"
+        assert networks.cell_of(text) == ("warp", CELLS["warp"]) and networks.cell_texts([text]) == ("warp",)
 
 
 # ---- 5. one's own data: the checks are in tests/test_data.py

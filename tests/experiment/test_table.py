@@ -1,5 +1,8 @@
-"""util/table.py: which networks are trained and compared, what is added to a finished run, the table."""
+"""experiment/networks.py and table.py: which networks are compared, adding to a finished run, the table."""
 import json
+import math
+import shlex
+import types
 import weakref
 
 import numpy as np
@@ -11,10 +14,10 @@ from whole_run import arguments_of, copy_of, make_few, make_small, small, smoke
 import data
 import train
 from data import InputError
-from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter
+from dyncell import CELLS, Arch2, DynamicCell, Genotype, VideoSegmenter
 from train import recipe_for
 from experiment import networks, table
-from experiment import runs
+from experiment.networks import Network
 from experiment.runs import Run
 from util import files
 
@@ -33,7 +36,8 @@ CANDIDATES = [("ok", 0.3, BLIND), ("not finite", 0.0, FAILED), ("ok", 0.4, BEST)
 
 
 def write_log(run, name, candidates):
-    lines = []
+    """A finished search."""
+    lines, run.recipe.search_candidates = [], len(candidates)
     for k, (status, reward, layers) in enumerate(candidates):
         entry = {"candidate": k, "status": status, "reward": reward, "half_reward": None}
         lines.append(json.dumps({**entry, "tokens": Genotype(layers).to_tokens()}))
@@ -55,13 +59,15 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
     """Different cells; none that failed; the best one again without its past. Controls are what is no cell
     and what has no past: predict takes a cell that was found or named."""
     write_log(run, "search.jsonl", CANDIDATES)
-    write_log(run, "random.jsonl", CANDIDATES[:1])
-    assert names(run, search_strategy="both", cells=3, cell=("warp", "decoder")) == [
-        "baseline", "cell-0", "cell-0-without-past", "cell-1", "random-0", "cell-warp", "cell-decoder"]
+    write_log(run, "random.jsonl", [CANDIDATES[0], *CANDIDATES[1:2] * 3])
+    assert names(run, search_strategy="both", cells=3, cell=("warp", "decoder", f"own={Genotype(BEST)}")) == [
+        "baseline", "cell-0", "cell-0-without-past", "cell-1", "random-0", "cell-warp", "cell-decoder",
+        "cell-own"]
     found = networks.networks(run)
     assert [network.name for network in found if not network.past] == ["cell-0-without-past"]
     assert [network.name for network in found if network.control] == [
         "baseline", "cell-0-without-past", "cell-decoder"]
+    assert [network.title for network in found[::7]] == ["baseline, fine-tuned as long", "own"]
     assert names(run, search_strategy="random", cell=()) == ["baseline", "random-0"]
     assert names(run, cells=0, cell=("concat",)) == ["baseline", "cell-concat"]
 
@@ -69,7 +75,7 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
 def test_the_random_searchs_median_cell_keeps_its_name_too(run):
     write_log(run, "random.jsonl", [("ok", reward, [(loc, 0, 0, 0, 0), (2, 5, 0, 0, 0)])
                                     for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
-    assert names(run, search_strategy="random", cells=1, search_candidates=5, median_cell=True) == [
+    assert names(run, search_strategy="random", cells=1, median_cell=True) == [
         "baseline", "random-0", "random-median-0"]
     assert networks.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
     trained(run, "random-median-0", BLIND)                                # of a shorter search
@@ -77,17 +83,9 @@ def test_the_random_searchs_median_cell_keeps_its_name_too(run):
     assert networks.networks(run)[2].genotype == Genotype(BLIND)
 
 
-def test_the_rise_of_the_rewards_is_said_where_there_are_enough(run, capsys):
-    run.recipe.search_strategy = "both"
-    write_log(run, "search.jsonl", [("ok", reward / 10, BEST) for reward in (1, 3, 2, 4, 5, 5, 6, 8, 9)])
-    write_log(run, "random.jsonl", CANDIDATES[:3])
-    table.print_rise(run)
-    assert capsys.readouterr().out == "mean reward of PPO's candidates, 2 at a time: 0.20 0.30 0.50 0.70\n"
-
-
 def test_seeds_cells_without_a_past_and_fewer_candidates(run):
     """Every network is trained as often as there are seeds. A cell that does not look at the past has no
-    row without it. Fewer candidates only use the first ones."""
+    row without it. Fewer candidates only use the first ones; more are not there yet."""
     write_log(run, "search.jsonl", CANDIDATES)
     assert names(run, cells=1, seeds=2) == ["baseline", "baseline-seed1", "cell-0", "cell-0-seed1",
                                             "cell-0-without-past", "cell-0-without-past-seed1"]
@@ -96,6 +94,9 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
     assert networks.networks(run)[1].genotype == Genotype(BEST)
     assert names(run, without_past=True, search_candidates=1) == ["baseline", "cell-0"]
     assert networks.networks(run)[1].genotype == Genotype(BLIND)
+    run.recipe.search_candidates = 5
+    with pytest.raises(InputError, match="search.jsonl: has 4 of 5 candidates"):
+        networks.networks(run)
     write_log(run, "search.jsonl", CANDIDATES[1:2])
     with pytest.raises(InputError, match="search.jsonl: every candidate failed"):
         networks.networks(run)
@@ -108,6 +109,39 @@ def test_a_cell_that_was_trained_keeps_its_name_when_a_better_one_is_found(run, 
     cells = {network.name: network.genotype for network in networks.networks(run) if network.genotype}
     best = Genotype(BEST)
     assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
+
+
+def test_name_equals_genotype_names_a_row(run, tmp_path):
+    """For every form of a cell, and as a recipe keeps it. Without a name: test_cases.py."""
+    genotype, path = Genotype(BEST), tmp_path / "x.json"
+    path.write_text(genotype.to_json())
+    for text in (genotype, genotype.to_json(), genotype.to_tokens(), path):
+        assert networks.cell_of(f"past={text}") == ("past", genotype)
+        assert networks.cell_texts([f"past={text}", f"past = {text}"]) == (f"past={genotype}",)
+    assert networks.cell_of("w2=warp") == ("w2", CELLS["warp"])
+    assert networks.cell_texts(["d2=decoder", "warp=warp"]) == ("d2=decoder", "warp")
+    assert networks.cell_of("".join(str(genotype).split()))[0].startswith("custom-")      # "node0=..."
+    for arguments, said in ((["0=warp"], "be a name"), (["a-seed1=warp"], "invalid"), (["x="], "invalid"),
+                            (["warp=concat"], "another cell"), (["decoder=warp"], "another cell"),
+                            (["x=warp", "x=concat"], "two cells")):
+        with pytest.raises(InputError, match=f"--cell.*{said}"):
+            networks.cell_texts(arguments)
+
+
+@pytest.mark.parametrize("file", ["cell-x", "cell-x-alone"])
+def test_a_name_that_another_cell_has_in_the_folder_is_refused(run, file):
+    trained(run, file, BLIND)
+    assert names(run, cells=0, cell=(f"x={Genotype(BLIND)}",)) == ["baseline", "cell-x"]
+    with pytest.raises(InputError, match="--cell x: .*cell-x.pt"):
+        names(run, cell=(f"x={Genotype(BEST)}",))
+
+
+def test_the_rise_of_the_rewards_is_said_where_there_are_enough(run, capsys):
+    run.recipe.search_strategy = "both"
+    write_log(run, "search.jsonl", [("ok", reward / 10, BEST) for reward in (1, 3, 2, 4, 5, 5, 6, 8, 9)])
+    write_log(run, "random.jsonl", CANDIDATES[:3])
+    table.print_rise(run)
+    assert capsys.readouterr().out == "mean reward of PPO's candidates, 2 at a time: 0.20 0.30 0.50 0.70\n"
 
 
 # ---- the table
@@ -147,6 +181,60 @@ def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, capsys):
         train.main([*arguments_of(folder), "--stage", "evaluate"])
         assert capsys.readouterr().out.count("evaluate: random-0, key frame ") == len(rows) - len(kept)
         assert results_of(folder) == results_of(smoke)
+
+
+def a_row(run, iou, **more):
+    scores = {"miou": 0.0, "fwiou": 0.0, "macc": 0.0, "consistency": math.nan, "iou": iou}
+    costs = {"parameters": 1, "multiply_adds": 1, "ms_encoder": 1, "ms_key_frame": 1, "ms_later_frame": 1}
+    row = table.new_row(run, Network("baseline", "a title"), 1, {**costs, "machine": "here", **more},
+                        {"val": scores, "test": scores})
+    return {**row, **more}
+
+
+def test_what_was_not_measured_is_no_zero(run, capsys):
+    """Not one labelled pixel: every IoU is NaN. A class that is never labelled is named."""
+    classes = data.Synthetic.classes
+    row = a_row(run, dict.fromkeys(classes, math.nan))
+    assert row["test"]["miou"] is None and row["test"]["consistency"] is None
+    frames = run.frames("test")
+    frames.labels[frames.labels == 2] = data.IGNORE
+    table.print_table({"rows": [row], **table.reported(run)})
+    out = capsys.readouterr().out
+    assert " 0.0 " not in out and f"is labelled {classes[2]};" in out and "Table 3" in out
+    assert a_row(run, dict.fromkeys(classes, 0.0))["test"]["miou"] == 0
+
+
+def test_times_of_two_machines_are_told_apart(run, capsys):
+    rows = [a_row(run, {"car": 0.5}), a_row(run, {"car": 0.5}, machine="there", title="another")]
+    for shown, marks in ((rows, "12"), (rows[:1], "")):
+        table.print_table({"rows": shown, "reported": "val", "never_labelled": [], "dataset": "cityscapes"})
+        out = capsys.readouterr().out
+        lines = [line for line in out.splitlines() if line.startswith(("a title", "another"))]
+        assert [line[-3:] for line in lines[:2] if line.endswith("]")] == [f"[{mark}]" for mark in marks]
+        assert ("[1] here; [2] there" in out) == bool(marks) and "Table 4" in out
+
+
+def test_a_checkpoint_alone_reproduces_its_row(smoke, small, tmp_path, capsys):
+    """On data in the run's recipe, in a folder without trainings."""
+    run = Run(tmp_path, recipe_for("synthetic", "smoke", key_frames=(0, 3)), device="cpu")
+    for name in ("cell-0", "static"):
+        table.evaluate_network(run, smoke / f"{name}.pt", train.evaluate_video)
+        out = capsys.readouterr().out
+        for row in results_of(smoke)["rows"]:
+            if row["name"] == name:
+                scores = [table.percent([row], "test", key) for key in ("miou", "consistency")]
+                assert " ".join([table.interval(row["key_frame_every"]), *scores]) in " ".join(out.split())
+    classes = data.Synthetic.classes
+    run.frames("val").dataset.classes = [*classes[1:], classes[0]]
+    with pytest.raises(InputError, match="cell-0.pt: its classes"):
+        table.evaluate_network(run, smoke / "cell-0.pt", train.evaluate_video)
+
+
+def test_the_command_that_is_printed_can_be_pasted(run, capsys):
+    run.folder = run.folder / "it's my run"
+    table.print_next(run, "evaluate")
+    words = shlex.split(capsys.readouterr().out.rpartition("python ")[2])
+    assert words[words.index("--run") + 1] == str(run.folder)
 
 
 def test_the_share_of_differing_pixels_is_of_the_labelled_ones(run):
@@ -233,6 +321,22 @@ def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(timed):
     assert all(image.is_contiguous(memory_format=torch.channels_last) for _, image, _, _ in timed)
     assert (timed[0][1][:, :, :4] == 0).all() and (timed[0][1][:, :, 4] != 0).any()
     assert not any(rounded for _, _, _, rounded in timed)
+
+
+def test_latency_is_a_factor_of_the_reward(run, monkeypatch):
+    """Sect. 1's outlook: reward * (time / target) ** -W. Times in ms: the cell's 4, the decoder's 16."""
+    monkeypatch.setattr(table, "milliseconds_in_turn", lambda calls: {
+        name: call() and {"cell": 4.0, "decoder": 16.0}[name] for name, call in calls.items()})
+    static = Arch2(6).eval()
+    with torch.no_grad():
+        _, layer2, layer3, layer4 = features = static.encode(torch.rand(2, 3, 48, 64))
+        dec, _ = static.decode(features)
+    stored = types.SimpleNamespace(maps={"layer2": layer2.half(), "layer3": layer3.half(),
+                                         "layer4": layer4.half(), "dec": dec.half()})
+    for weight, target, reward in ((0.0, 1.0, 0.6), (0.5, 1.0, 0.3), (0.5, 0.0, 1.2)):
+        run.recipe.latency_weight, run.recipe.latency_target, entry = weight, target, {"reward": 0.6}
+        table.weigh_latency(run, Genotype(BEST), static, stored, entry)
+        assert entry == ({"reward": pytest.approx(reward), "ms": 4.0} if weight else {"reward": 0.6})
 
 
 # ---- a finished run is added to
@@ -332,7 +436,7 @@ def test_every_stage_runs_on_a_real_layout(dataset, length, make, monkeypatch, t
     assert [row["name"] for row in results["rows"]] == ["static", "baseline", "cell-0"]
     assert results["reported"] == ("test" if dataset == "camvid" else "val")
     assert f"{results['reported']} split" in out and "the encoder starts from random weights" in out
-    assert files.load(tmp_path / "run" / "recipe.json")["sequence_length"] == length
+    assert files.load(tmp_path / "run" / "recipe.json")["recipe"]["sequence_length"] == length
     figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert {"curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune"} <= figures
     assert {"fig5-examples", "fig7-cell-0"} <= figures
