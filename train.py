@@ -605,4 +605,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    data.run_main(main, continues=True)

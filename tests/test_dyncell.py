@@ -547,7 +547,7 @@ def test_segment_by_hand(segmenter, height, width):
     sides = (0, 0, before, after) if height <= width else (before, after, 0, 0)
     rows = slice(before, before + height) if height <= width else slice(height)
     cols = slice(width) if height <= width else slice(before, before + width)
-    mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.DEVIATION)
+    mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.STD)
     for image in pixels(height, width):
         x = ((image / 255 - mean) / deviation).permute(2, 0, 1)           # (3, H, W)
         x = F.pad(x, sides)[None].double()

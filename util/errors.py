@@ -1,5 +1,6 @@
 """Mistakes of the user, and how a script reports them: one line, exit status 2."""
 import contextlib
+import errno
 import signal
 import sys
 
@@ -31,12 +32,15 @@ def each(function, splits):
     return results
 
 
-def run_main(main):
+def run_main(main, continues=False):
     """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
     disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end the script with a short
-    message. Afterwards the previous signal handlers are restored."""
+    message. Afterwards the previous signal handlers are restored.
+
+    continues: the same command goes on where it was stopped. Output may be missing (None) or be any object
+    with write()."""
     def stop(signum, _):
-        print("\nstopped; the same command continues", file=sys.stderr)
+        print("\nstopped" + "; the same command continues" * continues, file=sys.stderr)
         sys.exit(128 + signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -45,7 +49,8 @@ def run_main(main):
     try:
         main()
     except (InputError, OSError) as error:
-        over_progress = "\r\033[K" if sys.stderr.isatty() else ""
+        terminal = getattr(sys.stderr, "isatty", lambda: False)()
+        over_progress = "\r\033[K" if terminal else ""
         print(f"{over_progress}error: {in_words(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -53,11 +58,16 @@ def run_main(main):
             signal.signal(signum, handler or signal.SIG_DFL)
 
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS              # of the disk, not of a path
+
+
 def in_words(error):
-    """The message of an InputError, or of an OSError (full disk, read-only folder) with its remedy."""
+    """The message of an InputError, or of an OSError with its remedy."""
     if isinstance(error, (InputError, BrokenPipeError)):
         return error
-    return f"{error}; choose another folder (--run, --output), or make room in this one"
+    if error.errno in FULL:
+        return f"{error}; choose another folder (--run, --output), or make room in this one"
+    return f"{error}; check this path and its permissions"
 
 
 def brief(error):

@@ -1,9 +1,10 @@
 """Reads image files, and says what is wrong with them."""
 import contextlib
+import itertools
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from util.errors import InputError, brief
@@ -31,19 +32,45 @@ def open_image(path, formats=FORMATS, small=False):
     except PermissionError:
         raise InputError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
+        if photo := photo_format(path):
+            raise InputError(f"{path}: is {photo}; convert it to PNG or JPEG") from None
         unknown = isinstance(error, UnidentifiedImageError)
         reason = f"not {' or '.join(formats)}" if unknown else brief(error)
         raise InputError(f"{path}: is not an image that can be decoded ({reason}); replace or remove "
                          "it") from None
     return image
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 
 
-def turn(image):
-    """The transpose that brings a phone's image upright, from its metadata; None if it needs none."""
-    with contextlib.suppress(Exception):     # broken metadata is ignored
-        return TURNS.get(image.getexif().get(0x0112))
+def photo_format(path):
+    """"a HEIC photo" or "an AVIF photo" for such a file, else None. Its container is that of MP4 videos, and
+    only the brands in its head tell them apart."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(32)
+        if head[4:8] != b"ftyp":
+            return None
+        if b"avif" in head or b"avis" in head:
+            return "an AVIF photo"
+        if any(brand in head for brand in (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1")):
+            return "a HEIC photo"
+
+
+# Orientation in the metadata (EXIF) -> what brings the stored pixels upright. 5 to 8 swap the sides.
+UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+           5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+
+
+def orientation(image):
+    """The orientation of a Pillow image, 2 to 8; 1 if it is upright as stored, or the metadata is broken."""
+    with contextlib.suppress(Exception):
+        value = image.getexif().get(0x0112)
+        return value if value in UPRIGHT else 1
+    return 1
+
+
+def upright(image, wanted=lambda: True):
+    """A Pillow image -> the same, upright. wanted() is asked whether to, only where it would be turned."""
+    turn = orientation(image)
+    return image.transpose(UPRIGHT[turn]) if turn > 1 and wanted() else image
 
 
 def check_mode(path, image):
@@ -51,14 +78,12 @@ def check_mode(path, image):
         raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
 
 
-def read_image(path, formats=FORMATS):
-    """An image file as (H, W, 3) uint8, upright. Grey, palette and RGBA images are converted to RGB (alpha
-    is dropped). Raises InputError naming the file."""
+def read_image(path, formats=FORMATS, wanted=lambda: True):
+    """An image file as (H, W, 3) uint8, upright unless wanted() is False. Grey, palette and RGBA images are
+    converted to RGB (alpha is dropped). Raises InputError naming the file."""
     image = open_image(path, formats)
     check_mode(path, image)
-    if turn(image) is not None:
-        image = image.transpose(turn(image))
-    return np.array(image.convert("RGB"))
+    return np.array(upright(image, wanted).convert("RGB"))
 
 
 def look_at_image(path):
@@ -67,19 +92,11 @@ def look_at_image(path):
     check_mode(path, image)
     with Image.open(path, formats=FORMATS) as header:
         width, height = header.size
-    sideways = TURNS[5], TURNS[6], TURNS[7], TURNS[8]
-    return (height, width) if turn(image) in sideways else (width, height)
+    return (height, width) if orientation(image) > 4 else (width, height)
 
 
-def read_label(path, ids):
-    """A label map as (H, W) uint8 class numbers. ids (256,) maps the file's values to classes; -1 marks a
-    value that must not occur. Raises InputError naming the file."""
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise InputError(f"{path}: pixels of mode {image.mode}; a label map has 8-bit class numbers")
-    raw = np.array(image)
-    label = ids[raw]
-    if label.min(initial=0) < 0:
-        raise InputError(f"{path}: label value {raw[label < 0][0]} is no class number; is this the "
-                         "coloured map, not the map of class numbers?")
-    return label.astype(np.uint8)
+def animation_frames(animation):
+    """The frames of an animated Pillow image, one after the other. The first picture of an APNG may be one
+    for programs that can't show animations; then it is no frame."""
+    frames = ImageSequence.Iterator(animation)
+    return itertools.islice(frames, 1 if getattr(animation, "default_image", False) else 0, None)

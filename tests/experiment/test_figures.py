@@ -15,7 +15,7 @@ from data import InputError
 from dyncell import Genotype
 from ops import AGGREGATIONS, OPERATIONS
 from experiment import figures
-from util import images, charts
+from util import charts, label_maps
 
 FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"),
                   ("dec_prev", "node0", "gap", "zero", "sum")])
@@ -441,7 +441,7 @@ def test_indexed_png_round_trip(tmp_path):
         assert image.mode == "P" and (np.array(image) == values).all()
         assert (np.array(image.convert("RGB")) == charts.colourise(values, PALETTE)).all()
         assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-        assert (images.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
+        assert (label_maps.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
