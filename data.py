@@ -649,33 +649,23 @@ CAMVID_SHAPES = {"train": (367, 360, 480), "val": (101, 360, 480), "test": (233,
 CAMVID_LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76de"
 
 
-def fetch(dataset, root):
-    """Downloads the data of a dataset class if it is missing and can be downloaded.
+def fetch(dataset, root, given):
+    """Downloads a dataset if no folder was given and the default one, root, doesn't exist.
 
-    CamVid is downloaded if the folder root does not exist; nothing is added to an existing folder. A class
-    with a classmethod fetch(root) has that called. For a subclass of CamVid nothing is downloaded, as it is
-    another dataset. Raises InputError if the folder of any other dataset is missing."""
+    Only CamVid can be downloaded (a subclass is another dataset), and a class with a classmethod
+    fetch(root). given: the user named root; then it must exist. Raises InputError."""
     root = pathlib.Path(root)
-    if hasattr(dataset, "fetch"):
+    if root.exists():
+        return
+    if dataset is CamVid and not given:
+        download.download_zip(CAMVID_URL, root, CAMVID_INSIDE, verify_camvid, "pass --data DIR")
+    elif hasattr(dataset, "fetch") and not given:
         dataset.fetch(root)
-    elif issubclass(dataset, Files) and not root.exists():
-        if dataset is CamVid:
-            camvid(root)
-        else:
-            raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
-                             f"({dataset.SOURCE})")
-
-
-def camvid(root):
-    """Downloads CamVid into a new folder root. If root.zip is there, it is used instead, and kept."""
-    archive = root.with_name(root.name + ".zip")
-    by_hand = archive.exists()
-    download.download(CAMVID_URL, archive, "pass --data DIR")
-    try:
-        download.extract(archive, root, CAMVID_INSIDE, verify_camvid)
-    finally:
-        if not by_hand:
-            archive.unlink()
+    elif given or issubclass(dataset, Files):
+        source = getattr(dataset, "SOURCE", "your own dataset")
+        without = "; without --data it is downloaded" if dataset is CamVid else ""
+        raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
+                         f"({source}{without})")
 
 
 def verify_camvid(root):
@@ -687,8 +677,7 @@ def verify_camvid(root):
         for path in sorted(frame.label for frame in frames.list):
             digest.update(path.name.encode() + np.array(open_image(path)).tobytes())
     if shapes != CAMVID_SHAPES or digest.hexdigest() != CAMVID_LABELS:
-        raise InputError(f"{CAMVID_URL}: does not hold the public CamVid ({shapes}, SHA-256 of the labels "
-                         f"{digest.hexdigest()}); pass --data DIR")
+        raise InputError(f"it is not the public CamVid: {shapes}, labels {digest.hexdigest()[:8]}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -708,7 +697,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     charts.check_output(args.output)
-    fetch(kind, root)
+    fetch(kind, root, args.data is not None)
 
     def look(split):
         dataset = open_split(args.dataset, root, split)

@@ -212,7 +212,7 @@ def pretrain(run):
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = STATICS[r.static_network](run.num_classes, "cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
-        weights.begin(model, r, data.DATASETS[r.dataset].classes)
+        print(weights.begin(model, r, data.DATASETS[r.dataset].classes))
     model = run.to_device(model)
     optimizers, parts, mean = static_optimizers(model, r), {"static": model}, None
     if r.static_average:                                          # mean = d * mean + (1 - d) * weights

@@ -182,7 +182,7 @@ def find_data(run, given):
     one InputError with all problems."""
     dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
-        data.fetch(dataset, run.root)
+        data.fetch(dataset, run.root, given)
     run.wait()
     try:
         splits = data.each(run.dataset, run.splits)
@@ -214,10 +214,11 @@ def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
     run.join()
-    find_data(run, command.data_given)
+    if run.rank == 0 and "pretrain" in command.stages and not run.path("static.pt").exists():
+        static = STATICS[run.recipe.static_network](run.num_classes)
+        weights.begin(static, run.recipe, data.DATASETS[run.recipe.dataset].classes)      # or it raises
+    find_data(run, command.data_given)       # here the other processes wait for the first
     check_folder(run)
-    if "pretrain" in command.stages and not run.path("static.pt").exists():
-        weights.look(run.recipe)
     for stage in command.stages:
         if not (stage == "pretrain" and run.finished("static")):
             schedules.check_memory(run, stage)

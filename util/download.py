@@ -1,172 +1,97 @@
-"""Downloads, verifies and unpacks what a run needs from the web: CamVid and the encoder's ImageNet weights.
+"""Downloads a file, or a folder that is packed as a zip. The result is complete or absent, even if two
+commands download it at once: each has temporary files of its own and renames them at the end.
 
-Whatever the server sends or the archive holds, the result is complete and correct, or there is none. In
-that case an InputError says in one line what is wrong and what to do instead."""
+A failure is an InputError of one line: the address, the problem, where to put the file by hand, the remedy."""
+import contextlib
 import hashlib
-import http.client
 import pathlib
 import re
 import shutil
-import stat
-import tarfile
-import urllib.error
-import urllib.request
+import socket
+import sys
+import tempfile
 import zipfile
+import zlib
+from http.client import HTTPException
+
+import torch
 
 from util.errors import InputError, brief
-from util.progress import Progress
 
-STALL_SECONDS = 30                           # a download fails if nothing arrives for so long
-MAX_BYTES = 2 ** 31                          # the most that is downloaded, or unpacked from an archive
+STALL_SECONDS = 15                           # a download fails if nothing arrives for so long
+# What servers, disks and zips raise. RuntimeError: the hash is another one (torch.hub).
+FAULTS = OSError, ValueError, RuntimeError, EOFError, HTTPException, zipfile.BadZipFile, zlib.error
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A file from the web
+def download(url, path, remedy, sha256):
+    """Downloads a file to path -> path. A file that exists is only verified.
 
-def download(url, path, remedy, sha256="", size=None):
-    """Downloads a file to path and verifies it -> path. A file that exists is only verified.
-
-    sha256 may be just the first digits. The file is received as path.part. The next call resumes that part
-    if the server supports it; a part that turns out wrong is removed. Raises InputError with the address,
-    the problem, where to put the file by hand, and the remedy (a flag)."""
+    sha256: its first digits, in hexadecimal; remedy: the flag that avoids the download."""
     path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        if path.exists():
-            check_file(path, sha256, size, f"{path} is another file", "; remove it")
-            return path
-        receive(url, part, size)
-        try:
-            check_file(part, sha256, size, "it is another file")
-        except ValueError:
-            part.unlink()
-            raise
-        part.replace(path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{url}: cannot be downloaded ({brief(error)}); try again, or put the file at "
-                         f"{path}, or {remedy}") from None
+    with explained(f"{url}: cannot be downloaded", path, remedy):
+        if not path.exists():
+            receive(url, path, sha256)
+        elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
+            raise ValueError(f"{path} is another file; remove it")
     return path
 
 
-def check_file(path, sha256, size, wrong, remedy=""):
-    """Raises ValueError unless the file has this size (if given) and its SHA-256 begins with `sha256`."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as content:
-        while block := content.read(2 ** 20):
-            digest.update(block)
-    found = digest.hexdigest()
-    if not found.startswith(sha256) or size not in (None, path.stat().st_size):
-        raise ValueError(f"{wrong}, its SHA-256 begins with {found[:8]}{remedy}")
+def download_zip(url, folder, inside, verify, remedy):
+    """Downloads a zip and unpacks its files whose names match the pattern `inside` into a new folder. The
+    pattern's group is the path in the folder. If FOLDER.zip exists, it is used instead, and kept.
+
+    verify(folder) raises ValueError if it holds something else, so the zip itself needs no hash."""
+    archive = by_hand = folder.with_name(folder.name + ".zip")
+    problem = f"{by_hand}: cannot be used as {url}" if by_hand.exists() else f"{url}: cannot be downloaded"
+    with explained(problem, by_hand, remedy):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as own:
+            if not by_hand.exists():
+                archive = pathlib.Path(own, "zip")
+                receive(url, archive)
+            part = pathlib.Path(own, "part")
+            unpack(archive, part, inside)
+            verify(part)
+            try:
+                part.rename(folder)
+            except OSError:
+                if not folder.exists():      # else another command was faster
+                    raise
 
 
-def receive(url, part, size):
-    """Downloads an address into the file `part`; continues at the file's end if the server supports it.
-
-    Raises ValueError, or what urllib raises, if the server stalls, ends early or sends something else."""
-    start = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
+@contextlib.contextmanager
+def explained(problem, by_hand, remedy):
+    """A context: turns what fails in it into an InputError."""
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL_SECONDS)
-    except urllib.error.HTTPError as error:
-        if start and error.code == 416:      # nothing follows: the part is complete, or wrong
-            part.unlink()
-            return receive(url, part, size)
-        raise
-    with response:
-        rest = re.fullmatch(rf"bytes {start}-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if start and response.status == 206 and not rest:                 # not the range that was requested
-            part.unlink()
-            return receive(url, part, size)
-        if start and response.status == 206:
-            total = int(rest[1])
-        else:                                # it sends the whole file, maybe without its size
-            start = 0
-            total = int(response.headers.get("Content-Length") or size or 0)
-        if total > MAX_BYTES or size not in (None, total):
-            allowed = f"not {size:,}" if size else "too many"
-            raise ValueError(f"the server announces {total:,} bytes, {allowed}")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        progress = Progress(f"downloading {url}", total // 1000, done=start // 1000, unit=" kB")
-        received = write_blocks(response, part, start, total, progress)
-        if received < total:
-            raise ValueError(f"it ended after {received:,} of {total:,} bytes")
+        yield
+    except FAULTS as error:
+        remedies = f"try again, or put the file at {by_hand}, or {remedy}"
+        raise InputError(f"{problem} ({brief(error)}); {remedies}") from None
 
 
-def write_blocks(response, part, received, total, progress):
-    """Appends the response to a file that has `received` bytes -> its new size. Raises ValueError if there
-    are too many."""
-    limit = total or MAX_BYTES
-    with open(part, "ab" if received else "wb") as file:
-        while block := response.read1(2 ** 16):
-            received += len(block)
-            if received > limit:
-                part.unlink()
-                raise ValueError(f"the server sends more than {limit:,} bytes")
-            file.write(block)
-            progress.update(received // 1000)
-    return received
-
-
-# ---------------------------------------------------------------------------------------------------------
-# An archive
-
-def extract(archive, target, inside, verify=lambda folder: None):
-    """Unpacks the files of a zip or tar whose names match the pattern `inside`. The pattern's group is the
-    path in target.
-
-    Everything is unpacked to a temporary folder, checked by verify(folder), and renamed, so target is
-    complete or absent. Raises InputError naming the archive, and a member that lies outside the folder, is
-    a link or a device, or is too large."""
-    beside = target.with_name(target.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)                             # left by a killed process
+def receive(url, path, sha256=None):
+    """Downloads a file with torch.hub, which renames it when it is complete and has the hash."""
+    print(f"downloading {url}", flush=True)
+    bar = sys.stderr is not None and sys.stderr.isatty()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()      # torch.hub sets none, and would wait forever
+    socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        beside.mkdir(parents=True)
-        total = 0
-        for name, size, kind, content in members(archive):
-            match = re.fullmatch(inside, name)
-            total += size
-            wrong = ""
-            if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-                wrong = "leads out of the folder"
-            elif match and kind not in (stat.S_IFREG, stat.S_IFDIR):
-                wrong = "is a link or a device"
-            elif total > MAX_BYTES:
-                wrong = f"unpacks to more than {MAX_BYTES:,} bytes"
-            if wrong:
-                raise InputError(f"{archive}: {name[:80]!r} {wrong}; nothing was unpacked, get another "
-                                 "archive")
-            if match and kind == stat.S_IFREG:
-                path = beside / match[1]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with content() as source, open(path, "xb") as file:       # x: no member replaces another
-                    shutil.copyfileobj(source, file)            # `size` bytes, even if more come
-        verify(beside)
-        beside.rename(target)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:               # the decompressors raise many kinds
-        raise InputError(f"{archive}: cannot be unpacked as {target} ({brief(error)}); get it "
-                         "again") from None
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=bar)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        socket.setdefaulttimeout(before)
 
 
-def members(archive):
-    """Yields (name, size, kind, function that opens it) for each member of a zip or tar. kind is
-    stat.S_IFREG for a file, stat.S_IFDIR for a folder, or another of stat's kinds."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            for member in file.infolist():
-                kind = stat.S_IFMT(member.external_attr >> 16)
-                if not kind:                 # made on a system without Unix modes
-                    kind = stat.S_IFDIR if member.is_dir() else stat.S_IFREG
-                yield member.filename, member.file_size, kind, lambda: file.open(member)
-    else:
-        with tarfile.open(archive) as file:
-            for member in file:
-                kind = stat.S_IFLNK
-                if member.isreg():
-                    kind = stat.S_IFREG
-                elif member.isdir():
-                    kind = stat.S_IFDIR
-                yield member.name, member.size, kind, lambda: file.extractfile(member)
+def unpack(archive, folder, inside):
+    """Unpacks the wanted files of a zip. Raises ValueError for one that would lie outside the folder."""
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            match = re.fullmatch(inside, member.filename)
+            if not match or member.is_dir():
+                continue
+            path = (folder / match[1]).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise ValueError(f"{member.filename!r} leads out of the folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(member) as source, open(path, "xb") as target:     # x: no file replaces another
+                shutil.copyfileobj(source, target)            # at its end zipfile compares the checksum
