@@ -217,7 +217,8 @@ def open_run(command, recipe_for):
     if run.rank == 0 and "pretrain" in command.stages and not run.path("static.pt").exists():
         static = STATICS[run.recipe.static_network](run.num_classes)
         weights.begin(static, run.recipe, data.DATASETS[run.recipe.dataset].classes)      # or it raises
-    find_data(run, command.data_given)       # here the other processes wait for the first
+    # A folder that the run remembers was given, too. The other processes wait here for the first.
+    find_data(run, command.data_given or command.data != os.path.abspath(f"data/{run.recipe.dataset}"))
     check_folder(run)
     for stage in command.stages:
         if not (stage == "pretrain" and run.finished("static")):

@@ -371,7 +371,6 @@ def partial(smoke, small, tmp_path, monkeypatch):
 
 
 def pretrain_from(folder, weights_file):
-    weights.digest.cache_clear()                                          # one process a command, but here
     train.main([*arguments_of(folder), "--encoder-weights", str(weights_file), "--stage", "pretrain"])
 
 
