@@ -214,11 +214,14 @@ def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
     run.join()
+    # A folder that the run remembers was given, too. Then fetch() only looks whether it exists.
+    given = command.data_given or command.data != os.path.abspath(f"data/{run.recipe.dataset}")
+    if run.rank == 0 and given:
+        data.fetch(data.dataset_class(run.recipe.dataset), run.root, given)
     if run.rank == 0 and "pretrain" in command.stages and not run.path("static.pt").exists():
         static = STATICS[run.recipe.static_network](run.num_classes)
         weights.begin(static, run.recipe, data.DATASETS[run.recipe.dataset].classes)      # or it raises
-    # A folder that the run remembers was given, too. The other processes wait here for the first.
-    find_data(run, command.data_given or command.data != os.path.abspath(f"data/{run.recipe.dataset}"))
+    find_data(run, given)                    # here the other processes wait for the first
     check_folder(run)
     for stage in command.stages:
         if not (stage == "pretrain" and run.finished("static")):

@@ -3,11 +3,10 @@ import io
 import json
 import os
 import pathlib
-import pickle
 
 import torch
 
-from util.errors import InputError
+from util.errors import InputError, brief
 
 
 def save(path, content):
@@ -39,9 +38,9 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{path}: cannot be read ({reason}); restore it or use another --run") from None
+    except Exception as error:               # a damaged file raises many kinds
+        raise InputError(f"{path}: cannot be read ({brief(error)[:80]}); restore it or use another --run"
+                         ) from None
 
 
 def fill(module, state, path):
@@ -49,17 +48,19 @@ def fill(module, state, path):
     try:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is the checkpoint of another network ({reason}); use another --run"
-                         ) from None
+        raise InputError(f"{path}: is the checkpoint of another network ({brief(error)[:120]}); use another "
+                         "--run") from None
 
 
-def read_log(path, cut=False):
-    """The log of a search, in JSON lines -> {candidate: entry} in the file's order; {} if there is no file.
+CANDIDATE = "candidate", "tokens", "reward", "half_reward", "status"      # fields of a search's log
+
+
+def read_log(path, cut=False, fields=CANDIDATE):
+    """A log in JSON lines -> {entry[fields[0]]: entry} in the file's order; {} if there is no file. Each
+    entry is a dict with at least these fields.
 
     An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
-    the file. Its candidate is trained again, with the same result. Raises InputError for any other bad
-    line."""
+    the file. Raises InputError for any other bad line, and for two lines with the same fields[0]."""
     if not path.exists():
         return {}
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
@@ -67,14 +68,14 @@ def read_log(path, cut=False):
         print(f"{path}: the last line is incomplete and was removed")
         with open(path, "r+b") as file:
             file.truncate(len(whole + newline))
-    log = {}
-    try:
-        for line in whole.splitlines():
+    log, key = {}, fields[0]
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
             entry = json.loads(line)
-            if entry["candidate"] in log or not {"tokens", "reward", "half_reward", "status"} <= entry.keys():
+            if entry[key] in log or not set(fields) <= entry.keys():
                 raise ValueError
-            log[entry["candidate"]] = entry
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise InputError(f"{path}: a line is not a candidate's, or a candidate has two lines; restore the "
-                         "file or use another --run") from None
+            log[entry[key]] = entry
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{path}: line {number} is not a {key}'s, or its {key} has two lines; restore "
+                             "the file or use another --run") from None
     return log
