@@ -4,7 +4,7 @@
     python data.py --dataset camvid --data DIR     the same for CamVid
 
 In the order of the file: sequences (Sect. 4), their split (Sect. 4.1), transforms (Sect. 4.1, 6), scores
-(Sect. 3.3), the datasets, and reading all their frames.
+(Sect. 3.3), and the datasets. How their files are read is in util/: names, images, label_maps, frames.
 
 Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory. In the network they are
 (3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 means
@@ -29,7 +29,6 @@ import os
 import pathlib
 import re
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -38,9 +37,10 @@ import torch.nn.functional as F
 from ops import factor
 from util import charts, download, label_maps
 from util.errors import InputError, brief, each, run_main
+from util.frames import read_all
 from util.images import open_image, read_image  # noqa: F401 (data.read_image)
-from util.label_maps import IGNORE, ids
-from util.names import in_order, read_names
+from util.label_maps import IGNORE, ids, normal_form
+from util.names import clips_of, read_names
 from util.progress import Progress
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # of ImageNet, RGB in 0..1
@@ -79,26 +79,6 @@ def long_gaps(clip):
     steps = [after - before for before, after in zip(numbers, numbers[1:])]
     usual = statistics.median(steps) if steps else 0
     return [step > 1.5 * usual for step in steps]
-
-
-def clips_of(paths):
-    """Paths of images -> clips, each a list of paths in time order. util/names.py finds a frame's number.
-
-    The names of a clip agree in what stands before the number. What follows it may differ, as a hash does.
-    But where two frames have the same number, as in 7_left and 7_right, it tells two clips apart."""
-    clips = collections.defaultdict(list)
-    for name, path in zip(read_names(paths), paths):
-        clips[name.clip, ""].append((name, path))
-    for (clip, _), frames in list(clips.items()):
-        numbers = [name.number for name, _ in frames]
-        if None not in numbers and len(set(numbers)) < len(numbers):
-            for name, path in clips.pop((clip, "")):
-                clips[clip, name.rest].append((name, path))
-    ordered = []
-    for key in sorted(clips, key=lambda key: [in_order(text) for text in key]):
-        frames = sorted(clips[key], key=lambda frame: (frame[0].number or 0, frame[0].rest))
-        ordered.append([path for _, path in frames])
-    return ordered
 
 
 def meta_split(windows, share, rng):
@@ -495,22 +475,6 @@ class Synthetic:
 DATASETS = {"camvid": CamVid, "cityscapes": CityScapes, "synthetic": Synthetic}
 
 
-def normal_form(dataset, name):
-    """Brings `classes`, `palette` and, if there is one, IDS of a dataset or its class to one form: a list of
-    str, (C, 3) uint8, (256,). Raises InputError where that can't be done."""
-    for attribute in ("classes", "palette", "read"):
-        if not hasattr(dataset, attribute):
-            raise InputError(f"{name}.{attribute}: is not there; a dataset is a class with classes, palette, "
-                             "clips and read(frame), as data.Files is")
-    try:
-        dataset.classes = label_maps.class_names(dataset.classes)
-        dataset.palette = label_maps.palette_array(dataset.palette, len(dataset.classes))
-        if hasattr(dataset, "IDS"):
-            dataset.IDS = ids(dataset.IDS)
-    except InputError as error:
-        raise InputError(f"{name}.{error}") from None
-
-
 def dataset_class(name):
     """The class of this name in DATASETS, in its normal form. Raises InputError."""
     kind = DATASETS[name]
@@ -581,58 +545,6 @@ class Frames:
     def clips(self):
         """A list of frame numbers for each clip."""
         return [[self.number[frame] for frame in clip] for clip in self.dataset.clips]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reading all frames, and what is wrong with them
-
-def read_all(dataset, frames, keep=True, problems=(), show=None):
-    """Reads frames with threads -> (images (N, H, W, 3), labels (N, H, W)), uint8, and their size (H, W).
-    keep=False only checks the frames and returns None in place of the pixels.
-
-    Raises InputError with `problems`, the files that can't be read, and those whose size differs from most.
-    show(done, total) is called after each frame."""
-    problems, sizes, images, labels = [*problems], {}, [], []
-
-    def read(frame):
-        try:
-            image, label = dataset.read(frame)
-        except InputError as error:
-            return error
-        if wrong := wrong_pixels(image, label, len(dataset.classes)):
-            return InputError(f"{frame.label or frame.image}: {wrong}")
-        sizes[frame] = label.shape
-        return (image, label) if keep else None
-
-    with ThreadPoolExecutor(8) as pool:      # Pillow decodes without holding the GIL
-        for done, result in enumerate(pool.map(read, frames), start=1):
-            if isinstance(result, InputError):
-                problems += result.args
-            elif keep:
-                images.append(result[0])
-                labels.append(result[1])
-            if show:
-                show(done, len(frames))
-    usual = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
-    for frame in frames:
-        size = sizes.get(frame, usual)
-        if size != usual:
-            problems.append(f"{frame.image}: {size[1]} x {size[0]}, most others {usual[1]} x {usual[0]}; all "
-                            "frames of a split must have the same size")
-    if problems:
-        raise InputError(*problems)
-    return ((np.stack(images), np.stack(labels)) if keep else None), usual
-
-
-def wrong_pixels(image, label, num_classes):
-    """What is wrong with the arrays that a dataset's read() returned, or None."""
-    for pixels, shape in ((image, label.shape + (3,)), (label, image.shape[:2])):
-        if pixels.dtype != np.uint8 or pixels.shape != shape:
-            return (f"read() returned an image {image.dtype} {image.shape} and a label {label.dtype} "
-                    f"{label.shape}; they must be (H, W, 3) and (H, W), uint8")
-    unknown = label[(label >= num_classes) & (label != IGNORE)]
-    if len(unknown):
-        return f"label {unknown[0]} is neither a class, 0 to {num_classes - 1}, nor {IGNORE}"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -64,6 +64,22 @@ def palette_array(palette, count):
                      f"to 1, for each of the {count} classes")
 
 
+def normal_form(dataset, name):
+    """Brings `classes`, `palette` and, if there is one, IDS of a dataset or its class to one form: a list of
+    str, (C, 3) uint8, (256,). Raises InputError where that can't be done."""
+    for attribute in ("classes", "palette", "read"):
+        if not hasattr(dataset, attribute):
+            raise InputError(f"{name}.{attribute}: is not there; a dataset is a class with classes, palette, "
+                             "clips and read(frame), as data.Files is")
+    try:
+        dataset.classes = class_names(dataset.classes)
+        dataset.palette = palette_array(dataset.palette, len(dataset.classes))
+        if hasattr(dataset, "IDS"):
+            dataset.IDS = ids(dataset.IDS)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
+
+
 class Reader:
     """Reads the images and label maps of one split of a dataset, which has IDS (as by ids), `classes`,
     `palette` and `clips`. It holds all of them to one rule in what their files say besides pixels: the
@@ -111,12 +127,6 @@ class Reader:
     def compare(self, path, colours):
         """Raises InputError where the colours of an indexed label map say that its values are other classes
         than in the label maps before it, or than IDS says."""
-        for value, colour in colours.items():
-            first, other = self.colours.setdefault(value, (colour, path))
-            if colour != first:
-                raise InputError(f"{path}: value {value} has the colour {colour}, but {first} in "
-                                 f"{pathlib.Path(other).name}, so it means another class; save all label "
-                                 "maps with one palette")
         table, palette, name = self.dataset.IDS, self.dataset.palette, type(self.dataset).__name__
         value = wrong_colour(colours, table, palette)
         if value is not None:
@@ -124,6 +134,12 @@ class Reader:
             raise InputError(f"{path}: value {value} is {self.dataset.classes[k]!r} by {name}.IDS, but has "
                              f"the colour {colours[value]}, not {tuple(palette[k].tolist())} as in "
                              f"{name}.palette; correct IDS, the palette, or the map")
+        for value, colour in colours.items():
+            first, other = self.colours.setdefault(value, (colour, path))
+            if colour != first:
+                raise InputError(f"{path}: value {value} has the colour {colour}, but {first} in "
+                                 f"{pathlib.Path(other).name}, so it means another class; save all label "
+                                 "maps with one palette")
 
 
 def read_values(path, wanted=lambda: True):

@@ -1,9 +1,30 @@
-"""What the names of a video's images say: their clip, and their number in it."""
+"""What the names of a video's images say: their clip, and their number in it.
+
+Nothing else in the project knows what a clip is."""
 import collections
 import pathlib
 import re
 
 Name = collections.namedtuple("Name", "clip number rest")        # the text before the number and after it
+
+
+def clips_of(paths):
+    """Paths of images -> clips, each a list of paths in time order. read_names finds a frame's number.
+
+    The names of a clip agree in what stands before the number. What follows it may differ, as a hash does.
+    But where two frames have the same number, as in 7_left and 7_right, it tells two clips apart."""
+    clips = collections.defaultdict(list)
+    for name, path in zip(read_names(paths), paths):
+        clips[name.clip, "" if name.number is not None else "no number"].append((name, path))
+    for (clip, rest), frames in list(clips.items()):
+        if not rest and len({name.number for name, _ in frames}) < len(frames):
+            for name, path in clips.pop((clip, "")):
+                clips[clip, name.rest].append((name, path))
+    ordered = []
+    for key in sorted(clips, key=lambda key: [in_order(text) for text in key]):
+        frames = sorted(clips[key], key=lambda frame: (frame[0].number or 0, frame[0].rest))
+        ordered.append([path for _, path in frames])
+    return ordered
 
 
 def read_names(paths):
