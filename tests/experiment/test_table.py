@@ -102,15 +102,6 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
         networks.networks(run)
 
 
-@pytest.mark.parametrize("file", ["cell-0", "cell-0-alone"])
-def test_a_cell_that_was_trained_keeps_its_name_when_a_better_one_is_found(run, file):
-    trained(run, file, BLIND)
-    write_log(run, "search.jsonl", CANDIDATES)
-    cells = {network.name: network.genotype for network in networks.networks(run) if network.genotype}
-    best = Genotype(BEST)
-    assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
-
-
 def test_name_equals_genotype_names_a_row(run, tmp_path):
     """For every form of a cell, and as a recipe keeps it. Without a name: test_cases.py."""
     genotype, path = Genotype(BEST), tmp_path / "x.json"
@@ -128,12 +119,18 @@ def test_name_equals_genotype_names_a_row(run, tmp_path):
             networks.cell_texts(arguments)
 
 
-@pytest.mark.parametrize("file", ["cell-x", "cell-x-alone"])
-def test_a_name_that_another_cell_has_in_the_folder_is_refused(run, file):
-    trained(run, file, BLIND)
+@pytest.mark.parametrize("of", ["", "-alone"])
+def test_a_trained_cell_keeps_its_name(run, of):
+    """Also when a better one is found; and no other cell may take it by --cell."""
+    trained(run, f"cell-0{of}", BLIND)
+    write_log(run, "search.jsonl", CANDIDATES)
+    cells = {network.name: network.genotype for network in networks.networks(run) if network.genotype}
+    best = Genotype(BEST)
+    assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
+    trained(run, f"cell-x{of}", BLIND)
     assert names(run, cells=0, cell=(f"x={Genotype(BLIND)}",)) == ["baseline", "cell-x"]
     with pytest.raises(InputError, match="--cell x: .*cell-x.pt"):
-        names(run, cell=(f"x={Genotype(BEST)}",))
+        names(run, cell=(f"x={best}",))
 
 
 def test_the_rise_of_the_rewards_is_said_where_there_are_enough(run, capsys):
@@ -237,45 +234,35 @@ def test_the_command_that_is_printed_can_be_pasted(run, capsys):
     assert words[words.index("--run") + 1] == str(run.folder)
 
 
-def test_the_share_of_differing_pixels_is_of_the_labelled_ones(run):
-    """Ignored pixels neither differ nor count: 6 of 8 labelled ones here."""
-    frames = run.frames("test")
-    frames.labels[0] = data.IGNORE
-    frames.labels[0, 0, :8] = 1
-    ours = [torch.zeros_like(label) for label in frames.labels]
-    other = [pred.clone() for pred in ours]
-    other[0][0, :6], other[0][1] = 1, 1           # six labelled pixels, and a row of ignored ones
-    answers = [[(k, pred, frames.labels[k]) for k, pred in enumerate(preds)] for preds in (ours, other)]
-    chosen = table.differing_frames(frames, *answers, "cell-0")
-    assert chosen["differ"][0] == 6 / 8 and chosen["names"][0] == "000_0000"
-
-
 @pytest.mark.parametrize("apart, expected", [(1, [3, 7, 2, 6]), (4, [3, 7]), (3, [3, 7, 2]), (20, [7])])
 def test_examples_are_the_frames_that_differ_most_one_of_every_few(run, apart, expected):
-    """No other answers are kept: on CityScapes each has two million pixels. An unlabelled frame, which the
-    baseline leaves out, is no example."""
+    """In the share of their labelled pixels. No other label maps are kept: on CityScapes each has two million
+    pixels. An unlabelled frame, which the baseline leaves out, is no example."""
     frames = run.frames("test")                                           # 2 clips of 4
     frames.labels[:] = 0
+    frames.labels[:, 40:] = data.IGNORE                                   # 40 of 48 rows are labelled
     if apart == 20:
         frames.list[3] = data.Frame(frames.list[3].image, None)
     living, most = {}, 0
 
-    def answers(which, height):
+    def predictions(which, height):
         nonlocal most
         for k, label in enumerate(frames.labels):
             if which == "baseline" and frames.list[k].label is None:
                 continue
             pred = torch.zeros_like(label)
             pred[:height * (k % 4 + 1)] = 1                               # a clip's later frames differ more
+            pred[40:] = height                                            # ignored
             living[which, k] = weakref.ref(pred)
             yield k, pred, label
             del pred
             most = max(most, sum(there() is not None for there in living.values()))
 
-    both = answers("baseline", 0), answers("cell", 1)
+    both = predictions("baseline", 0), predictions("cell", 1)
     chosen = table.differing_frames(frames, *both, "cell-0", apart=apart)
     assert chosen["names"] == [f"{k // 4:03d}_{k % 4:04d}" for k in expected]
-    assert chosen["cell"].sum((1, 2)).tolist() == [64 * (k % 4 + 1) for k in expected]
+    assert chosen["cell"][:, :40].sum((1, 2)).tolist() == [64 * (k % 4 + 1) for k in expected]
+    assert chosen["differ"] == [(k % 4 + 1) / 40 for k in expected]
     assert most <= 2 * (8 // apart + 1) + 3                               # and those at hand
 
 
@@ -289,38 +276,30 @@ def test_mean_times_by_hand(run, monkeypatch, every, sequence, clip):
     assert means == pytest.approx({"ms_sequence": sequence, "ms_clip": clip})
 
 
-@pytest.fixture
-def timed(run, monkeypatch):
-    """Times the frames of a network that pads 48 x 64 to 56, and gives what was called: (name, the encoder's
-    input, whether the decoder and the cell were called, whether a GPU may have rounded)."""
-    video = VideoSegmenter(Arch2(6), DynamicCell(BEST, 6), pad=56).eval()
-    seen, encode, decode, cell = [], Arch2.encode, Arch2.decode, DynamicCell.forward
+def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(run, monkeypatch):
+    """The network pads 48 x 64 to 56. What each call runs: the encoder's input, then decoder or cell."""
+    video, seen, called = VideoSegmenter(Arch2(6), DynamicCell(BEST, 6), pad=56).eval(), [], []
+    encode, decode, cell = Arch2.encode, Arch2.decode, DynamicCell.forward
     monkeypatch.setattr(Arch2, "encode", lambda self, x: seen.append(x) or encode(self, x))
     monkeypatch.setattr(Arch2, "decode", lambda self, x: seen.append("decoder") or decode(self, x))
     monkeypatch.setattr(DynamicCell, "forward",
                         lambda self, *x, **layer1: seen.append("cell") or cell(self, *x, **layer1))
-    called = []
 
     def milliseconds_in_turn(calls, repeats):
         for name, call in calls.items():
             seen.clear()
             call()
-            rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-            called.append((name, seen[0], seen[1:], rounded))
+            image, *parts = seen
+            called.append((name, *image.shape, *parts))
+            assert image.is_contiguous(memory_format=torch.channels_last)
+            assert (image[:, :, :4] == 0).all() and (image[:, :, 4] != 0).any()
+            assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(table, "milliseconds_in_turn", milliseconds_in_turn)
-    table.frame_costs(run, video)
-    return called
-
-
-def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(timed):
-    assert [(name, *image.shape) for name, image, _, _ in timed] == [
-        (name, 1, 3, 56, 64) for name in ("ms_encoder", "ms_key_frame", "ms_later_frame")]
-    assert [parts for _, _, parts, _ in timed] == [[], ["decoder"], ["cell"]]
-    assert all(image.is_contiguous(memory_format=torch.channels_last) for _, image, _, _ in timed)
-    assert (timed[0][1][:, :, :4] == 0).all() and (timed[0][1][:, :, 4] != 0).any()
-    assert not any(rounded for _, _, _, rounded in timed)
+    assert table.frame_costs(run, video)["parameters"] == sum(p.numel() for p in video.parameters())
+    assert called == [("ms_encoder", 1, 3, 56, 64), ("ms_key_frame", 1, 3, 56, 64, "decoder"),
+                      ("ms_later_frame", 1, 3, 56, 64, "cell")]
 
 
 def test_latency_is_a_factor_of_the_reward(run, monkeypatch):
