@@ -15,7 +15,7 @@ import torch.distributed as dist
 import data
 from dyncell import CELLS, STATICS
 from experiment import schedules, weights
-from experiment.networks import SEARCHES, cell_texts
+from experiment.networks import SEARCHES, cell_texts, named
 from experiment.runs import Run, best_device, check_recipe, flag, locked
 from util.errors import InputError
 from util.files import load, save
@@ -207,6 +207,7 @@ def check_folder(run):
     for name, _, _ in SEARCHES.values():
         if run.path(name).exists() and run.path("recipe.json").exists():
             check_recipe(run.path(name), load(run.path("recipe.json")).get("recipe"), run.recipe, "search")
+    named(run)                               # does --cell give a name that another cell has?
 
 
 @contextlib.contextmanager

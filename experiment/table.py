@@ -38,14 +38,14 @@ def logs(run):
 
 def searched(run):
     """Whether every search has all its candidates, and the controller its last update."""
-    r, complete = run.recipe, True
-    for strategy in strategies(r):
-        entries = read_log(run.path(SEARCHES[strategy][0]))
-        complete = complete and set(range(r.search_candidates)) <= entries.keys()
-    if complete and "ppo" in strategies(r):
-        path = run.path("controller.pt")
-        complete = path.exists() and run.checkpoint("controller").get("candidates", 0) >= r.search_candidates
-    return complete
+    count = run.recipe.search_candidates
+    for strategy in strategies(run.recipe):
+        if not set(range(count)) <= read_log(run.path(SEARCHES[strategy][0])).keys():
+            return False
+        if strategy == "ppo" and not (run.path("controller.pt").exists()
+                                      and run.checkpoint("controller").get("candidates", 0) >= count):
+            return False
+    return True
 
 
 def done(run, stage):
@@ -185,7 +185,7 @@ class Table:
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
         fields = [name for name in fields_of(run.recipe, "end") if name not in weights.FILES]
-        values = json.dumps(["machine", *([name, getattr(run.recipe, name)] for name in fields)])
+        values = json.dumps([2, *([name, getattr(run.recipe, name)] for name in fields)])     # 2: format
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
         if self.path.exists():               # rows of networks from another recipe are scored again
             saved = load(self.path)
