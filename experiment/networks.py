@@ -37,8 +37,8 @@ def cell_of(text):
         return known or f"custom-{digest[:6]}", genotype
     # Without "-", so that it is no name of the program's: cell-0, cell-x-seed1, cell-x-alone.
     if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name in KNOWN and name != known:
-        raise InputError(f"argument --cell: {name!r} can't be a name: it takes a letter, then letters, digits "
-                         "and _, and must not be the name of another cell")
+        raise InputError(f"argument --cell: {name!r} can't be a name: it takes a letter, then letters, "
+                         "digits and _, and must not be the name of another cell")
     return name, genotype
 
 
