@@ -229,8 +229,8 @@ class Log:
             if not out_of_memory(error):
                 raise RuntimeError(f"candidate {k} failed: {genotype}") from error
             entry.update(status="out of memory", reason=str(error)[:200])
-        if entry["status"] != "ok" and k + 1 >= FAIL_ALIKE and all(
-                self.entries.get(j, entry)["status"] == entry["status"] for j in range(k)):
+        before = [self.entries[j]["status"] if j in self.entries else None for j in range(k)]
+        if entry["status"] != "ok" and k + 1 >= FAIL_ALIKE and set(before) == {entry["status"]}:
             raise InputError(f"{self.path}: each of the first {k + 1} candidates failed ({entry['reason']}); "
                              f"{SAME_FAILURE[entry['status']]}")
         entry.update(seconds=round(time.time() - start, 2), tokens=genotype.to_tokens(),
@@ -422,6 +422,7 @@ class Run:
             if "optimizers" not in more and "static" in states:   # auxiliary heads are not needed now
                 states["static"] = {key: value for key, value in states["static"].items()
                                     if not key.startswith("auxiliary.")}
+                states.pop("average", None)                       # it is what "static" holds now
             if name == "static":
                 more["source"] = self.source()
             if "static" in states:           # more that VideoSegmenter.load needs

@@ -1,12 +1,11 @@
 """train.py, in its order: the recipe, a training's step, stored outputs, a candidate, the search, evaluation.
 
-How trainings are stopped and continued is tested in util/test_runs.py, the flags in util/test_options.py.
+How trainings are stopped and continued is tested in experiment/test_runs.py, the flags in test_options.py.
 """
 import dataclasses
 import json
 import math
 import pathlib
-import re
 import weakref
 
 import numpy as np
@@ -20,12 +19,11 @@ import ops
 import train
 from controller import EarlyStop
 from data import meta_split
-from dyncell import Arch2, Genotype, VideoSegmenter
-from train import Recipe, recipe_for, unroll, static_outputs
-from experiment import networks, table
-from experiment import runs
+from dyncell import Arch2, Classifier, Genotype, VideoSegmenter
+from experiment import networks, runs
 from experiment.networks import Network
-from util import files, images
+from train import FeatureCache, Recipe, recipe_for, static_outputs, unroll
+from util import files
 
 
 # ---- the recipe
@@ -65,39 +63,15 @@ def test_the_controller_knows_how_many_operations_there_are():
     assert tokens[:, 4].max() == len(ops.AGGREGATIONS) - 1
 
 
-SECTIONS = {"1", "3", "3.1", "3.2", "3.3", "4", "4.1", "4.2", "6"}       # of which we know what they say
-
-
-def cited(text):
-    """The sections that a text names: "Sect. 3.3, 4.1" are two."""
-    return set(re.findall(r"[\d.]*\d", " ".join(re.findall(r"Sect\.\s(\d[\d., ]*)", text))))
-
-
-def test_only_sections_are_cited_that_we_know():
-    root = pathlib.Path(train.__file__).parent
-    for path in [*root.glob("*.py"), *root.glob("util/*.py"), root / "README.md"]:
-        assert cited(path.read_text()) <= SECTIONS, path
-
-
-@pytest.mark.parametrize("name, sections, others", [
-    ("momentum", {"4.2"}, "[18]"), ("weight_decay", set(), "[18]"), ("encoder_weights", set(), "[ours]"),
-    ("static_lr_encoder", {"6"}, "SGD: [18]"), ("early_stop_rule", {"3.3"}, "[ours]: average"),
-    ("gradient_norm", set(), "[18]"), ("auxiliary_cell", set(), "[18]"), ("loss_stride", set(), "[ours]"),
-    ("controller_replay", set(), "[18]")])
-def test_what_the_paper_does_not_say_is_not_cited_from_it(name, sections, others):
-    said = {field.name: field.metadata["help"] for field in dataclasses.fields(Recipe)}[name]
-    assert cited(said) == sections and others in said
-
-
 # ---- a step
 
 def naive_cross_entropy(logits, labels, stride):
-    """In float64: each pixel of the loss by itself, the logits bilinear between their pixels' centres, the
-    label of the pixel whose square holds the centre."""
+    """In float64: each pixel of the loss by itself, the logits (at 1/8) bilinear between their pixels' centres,
+    the label of the pixel just below and right of the middle of its block of stride x stride."""
     (_, _, h, w), (N, H, W), losses = logits.shape, labels.shape, []
     rows, cols = math.ceil(H / stride), math.ceil(W / stride)
     for n, r, c in np.ndindex(N, rows, cols):
-        label = labels[n, int((r + 0.5) * H / rows), int((c + 0.5) * W / cols)]
+        label = labels[n, min(r * stride + stride // 2, H - 1), min(c * stride + stride // 2, W - 1)]
         if label == data.IGNORE:
             continue
         y, x = (np.clip((at + 0.5) * stride / 8 - 0.5, 0, side - 1) for at, side in ((r, h), (c, w)))
@@ -125,7 +99,7 @@ def test_an_update_steps_every_optimiser_at_the_poly_rate():
     optimizers = [torch.optim.SGD([fast], lr=0.4), torch.optim.SGD([slow], lr=0.1)]
     where = [0.0]
     for step in range(4):
-        train.update(fast.sum() + slow.sum(), optimizers, step / 4, 0.5)
+        train.update(fast.sum() + slow.sum(), optimizers, train.poly(step / 4, 0.5))
         where.append(-fast.item())
     steps = [after - before for before, after in zip(where, where[1:])]
     assert steps == pytest.approx([0.4, 0.4 * 0.75 ** 0.5, 0.4 * 0.5 ** 0.5, 0.4 * 0.25 ** 0.5])
@@ -138,7 +112,7 @@ def test_each_groups_gradient_is_clipped_by_itself(norm, steps):
     a, b, c = (torch.zeros(n, requires_grad=True) for n in (2, 1, 2))
     optimizers = [torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0), torch.optim.SGD([c], lr=1.0)]
     loss = 3 * a[0] + 4 * a[1] + 0.5 * b[0] + 5 * c[0] + 12 * c[1]
-    train.update(loss, optimizers, 0, 1, norm=norm)
+    train.update(loss, optimizers, 1, norm=norm)
     assert [p.norm().item() for p in (a, b, c)] == pytest.approx(steps, rel=1e-5)
 
 
@@ -198,6 +172,8 @@ def close(a, b):
 class Echo:
     """A 'static network' whose maps are the image itself, every 8th, 16th, 32nd pixel."""
 
+    classifier = Classifier(2)
+
     def encode(self, images):
         return (None, *(images[..., ::stride, ::stride] for stride in (8, 16, 32)))
 
@@ -253,13 +229,13 @@ def test_stored_outputs_are_what_the_static_network_says(run, untrained):
         for name, x in say(run, static, images).items():
             assert close(sequences(name, 1), x[1:]) and not close(sequences(name, 0), x[1:])
         assert torch.equal(sequences("labels", 1), labels[:, 1])
-    mirrored = both.pick(both.count + window)
+    mirrored = both.pick(len(run.frames("train").list) + window)
     assert torch.equal(mirrored("labels", 0), labels[:, 0].flip(-1))
     for name, x in say(run, static, images.flip(-1)).items():
         assert close(mirrored(name, 0), x[:1])
 
 
-def test_stored_outputs_are_rolled_as_a_video_is(run, untrained):
+def test_stored_outputs_are_unrolled_as_a_video_is(run, untrained):
     """Two places unroll a cell over frames, train.unroll and VideoSegmenter: they give the same logits."""
     static, (stored, _), _ = untrained
     genotype = Genotype([("layer4_prev", "dec_prev", "conv1x1", "sep3x3", "concat"),
@@ -269,8 +245,8 @@ def test_stored_outputs_are_rolled_as_a_video_is(run, untrained):
     images, _ = run.frames("train")[[[0, 1, 2, 3]]]
     with torch.no_grad(), run.autocast():
         expected = VideoSegmenter(static, cell).eval()(data.normalise(images))[0]     # (4, C, h, w)
-        rolled = unroll(cell, stored.pick(torch.arange(4)[None]))
-        other = unroll(cell, stored.pick(torch.tensor([[1, 1, 2, 3]])))     # another past
+        rolled = unroll(cell, stored.pick(torch.arange(4)[None]), 4)
+        other = unroll(cell, stored.pick(torch.tensor([[1, 1, 2, 3]])), 4)      # another past
     assert len(rolled) == 3
     for pred, wanted in zip(rolled, expected[1:]):
         assert close(pred[0].float(), wanted.float())
@@ -283,11 +259,82 @@ def test_a_sequences_loss_is_the_sum_over_its_frames_after_the_first(run, untrai
     sequences = stored.pick(torch.arange(3)[None])
     for run.recipe.loss_stride in (8, 4, 1):
         with torch.no_grad(), run.autocast():
-            logits = unroll(cell, sequences)
+            logits = unroll(cell, sequences, 3)
         expected = 0
         for t in (1, 2):
             expected += train.cross_entropy(logits[t - 1], sequences("labels", t), run.recipe.loss_stride)
         assert train.cell_loss(run, cell, sequences).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def marked(numbers, height, width):
+    """Maps whose pixels tell their frame, row and column, in image pixels; labels: of all three."""
+    maps = {}
+    for name in LAYERS:
+        stride = FeatureCache.STRIDE[name]
+        rows, cols = torch.arange(0, height, stride), torch.arange(0, width, stride)
+        x = torch.zeros(len(numbers), 4, len(rows), len(cols))
+        x[:, 0], x[:, 1], x[:, 2] = numbers[:, None, None], rows[:, None], cols
+        maps[name] = x
+    rows, cols = torch.arange(height)[:, None], torch.arange(width)
+    return {**maps, "labels": ((numbers[:, None, None] + rows // 4 + cols) % 256).to(torch.uint8)}
+
+
+WINDOWS = torch.tensor([[2, 3], [3, 4], [9, 10], [12, 13], [18, 19]])
+
+
+def filled(height, width, crop, part=4):
+    """A cache of the windows' frames, filled in parts; and where its memory lay after each part."""
+    cache, places = FeatureCache(WINDOWS.unique(), 20, crop), []
+    for numbers in cache.numbers.split(part):
+        cache.put(numbers, **marked(numbers, height, width))
+        places.append([x.data_ptr() for x in cache.maps.values()])
+    return cache, places
+
+
+def test_a_cache_gives_back_what_was_put_in_and_allocates_it_once():
+    """CamVid's 480 x 400 is smaller than the crop of 600: nothing is cropped, nothing drawn."""
+    (cache, places), rng = filled(40, 48, 60), torch.Generator().manual_seed(0)
+    before, sequences = rng.get_state(), cache.pick(WINDOWS[[3, 0]], rng)
+    for t, numbers in enumerate(WINDOWS[[3, 0]].T):
+        for name, expected in marked(numbers, 40, 48).items():
+            assert torch.equal(sequences(name, t), expected) and sequences(name, t).dtype == expected.dtype
+    assert torch.equal(rng.get_state(), before) and sequences("layer1", 0) is None
+    assert len(places) == 3 and places[0] == places[1] == places[2]
+    assert [cache.maps[name].dtype for name in ("dec", "labels")] == [torch.half, torch.uint8]
+    assert cache.maps["dec"].is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="not stored"):
+        cache.pick(torch.tensor([[3, 5]]))
+
+
+@pytest.mark.parametrize("height, width, crop", [(64, 160, 64), (160, 96, 64), (112, 136, 64)])
+def test_a_sequence_of_large_frames_is_cropped_at_a_random_place_its_own(height, width, crop):
+    """All of its maps and frames at the same place; every multiple of 32 pixels is one. Under bf16, too."""
+    (cache, _), rng, places = filled(height, width, crop), torch.Generator().manual_seed(0), []
+    for autocast in [False, True] * 20:
+        sequences = cache.pick(WINDOWS, rng)
+        top, left = (sequences("layer2", 0)[:, channel, 0, 0].int().tolist() for channel in (1, 2))
+        places += zip(top, left)
+        for t, numbers in enumerate(WINDOWS.T):
+            for name, whole in marked(numbers, height, width).items():
+                step = FeatureCache.STRIDE[name]
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    found, size = sequences(name, t), crop // step
+                for b in range(len(WINDOWS)):
+                    row, col = top[b] // step, left[b] // step
+                    assert torch.equal(found[b], whole[b, ..., row:row + size, col:col + size])
+    assert len(set(places[:5])) > 1                                       # within a batch, too
+    for side, found in zip((height, width), zip(*places)):
+        assert set(found) == set(range(0, side - crop + 1, 32))
+
+
+def test_dropout_zeroes_whole_channels_of_features_and_never_labels():
+    torch.manual_seed(0)
+    cache = FeatureCache(WINDOWS.unique(), 20, None)
+    cache.put(cache.numbers, dec=torch.ones(9, 64, 2, 3), labels=torch.ones(9, 16, 24, dtype=torch.uint8))
+    x = cache.pick(WINDOWS, dropout=0.25)("dec", 1)
+    gone = (x == 0).all((2, 3))
+    assert ((x == 1 / 0.75).all((2, 3)) | gone).all() and 0.15 < gone.float().mean() < 0.35
+    assert (cache.pick(WINDOWS, dropout=0.25)("labels", 1) == 1).all()
 
 
 # ---- Sect. 3.3: a candidate
@@ -328,6 +375,7 @@ def test_a_candidate_is_trained_on_meta_train_and_scored_on_meta_val_half_way_an
         run, untrained, monkeypatch):
     _, (stored, meta_train), (_, meta_val) = untrained
     score, cell_loss, seen = train.score, train.cell_loss, []
+    of_train = stored.maps["labels"][stored.row[meta_train]]              # (N, 3, H, W)
     stored_val = type(stored).__new__(type(stored))       # equal, and another one
     stored_val.__dict__.update(stored.__dict__)
     untrained = untrained[0], untrained[1], (stored_val, meta_val)
@@ -338,8 +386,8 @@ def test_a_candidate_is_trained_on_meta_train_and_scored_on_meta_val_half_way_an
         return score(run, cell, stored, windows, *more)
 
     def noted_loss(run, cell, sequences):
-        frames = stored.numbers[sequences.rows]
-        assert cell.training and all(window in meta_train.tolist() for window in frames.tolist())
+        labels = torch.stack([sequences("labels", t) for t in range(3)], 1)   # they tell a window
+        assert cell.training and all(any(torch.equal(one, of) for of in of_train) for one in labels)
         seen.append("trained")
         return cell_loss(run, cell, sequences)
 
@@ -386,6 +434,13 @@ def test_a_candidate_that_fails_gets_no_reward_and_is_logged(run, untrained, mon
     assert line["status"] == status and line["tokens"] == GENOTYPE.to_tokens()
 
 
+def test_a_search_whose_first_candidates_all_fail_alike_stops_and_says_why(run, untrained, monkeypatch):
+    monkeypatch.setattr(train, "cell_loss", lambda *_: torch.full((), math.nan, requires_grad=True))
+    run.recipe.search_candidates, run.recipe.controller_rollout = 1000, 1
+    with pytest.raises(data.InputError, match="first 4 candidates failed.*--cell-lr"):
+        train.explore(run, "ppo", run.log("log.jsonl"), *untrained)
+
+
 def test_any_other_error_stops_the_search_and_names_the_genotype(run, untrained, monkeypatch):
     monkeypatch.setattr(train, "cell_loss", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"candidate 3 failed: node0 = sum\(skip\(dec_prev\)"):
@@ -414,7 +469,7 @@ def explored(run, monkeypatch):
         recipe = dataclasses.replace(run.recipe, search_candidates=count)
         again = runs.Run(run.folder / folder, recipe, device="cpu")
         again._frames = run._frames
-        train.explore(again, strategy, again.log("log.jsonl"), None, None, None)
+        train.explore(again, strategy, again.log("log.jsonl"), None, (None, None), None)
         log = files.read_log(again.path("log.jsonl"))
         for entry in log.values():
             entry.pop("seconds")
@@ -516,7 +571,7 @@ class FirstStep(Exception):
 
 def first_step(monkeypatch, training, *arguments):
     """(loss, optimisers, norm) of a training's first step. Each cross-entropy is 1."""
-    def update(loss, optimizers, done, power, world, norm=0.0):
+    def update(loss, optimizers, rate, world, norm=0.0):
         raise FirstStep(float(loss), optimizers, norm)
 
     def cross_entropy(logits, labels, stride):
@@ -547,6 +602,42 @@ def test_pretraining_is_by_sgd_with_two_rates_and_auxiliary_losses(run, monkeypa
     whole = Arch2(6, auxiliary="cell" if cell else "classifier")
     assert counts[0] == sum(p.numel() for p in whole.encoder.parameters())
     assert sum(counts) == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("name, kinds", [
+    ("sgd", ["SGD"]), ("sgd-adam", ["SGD", "Adam"]), ("adamw", ["AdamW"])])
+def test_each_optimiser_takes_every_parameter_once_at_its_rate(run, name, kinds):
+    run.recipe.static_optimizer, run.recipe.static_lr_encoder, run.recipe.static_lr_decoder = name, 0.3, 0.2
+    model = Arch2(6, "classifier")
+    optimizers = train.static_optimizers(model, run.recipe)
+    assert [type(optimizer).__name__ for optimizer in optimizers] == kinds
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert [group["lr"] for group in groups] == [0.3, 0.2]
+    assert same_parameters(groups[0], model.encoder.parameters())
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
+
+
+def test_the_running_mean_of_the_weights_is_kept_and_the_cosine_rate_warms_up(run, monkeypatch):
+    """mean = d * mean + (1 - d) * weights from the first step on; one weight stands for all."""
+    rates, weights, update = [], [], train.update
+    run.recipe.static_average, run.recipe.static_rate, run.recipe.static_epochs = 0.75, "cosine", 2
+
+    def noted(loss, optimizers, rate, world, norm):
+        rates.append(rate)
+        update(loss, optimizers, rate, world, norm)
+        weights.append(optimizers[0].param_groups[1]["params"][0].detach().clone())
+
+    monkeypatch.setattr(train, "update", noted)
+    train.pretrain(run)
+    steps, mean = len(rates), weights[0]
+    for later in weights[1:]:
+        mean = 0.75 * mean + 0.25 * later
+    saved = files.load(run.path("static.pt"))
+    assert "average" not in saved and steps > 4
+    assert any(value.shape == mean.shape and torch.allclose(value, mean, atol=1e-6)
+               for value in saved["static"].values())
+    expected = [(k + 1) / 50 * (1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.fixture
