@@ -132,6 +132,8 @@ def folder_of(run, Recipe):
 
 def check_flags(command):
     """Raises InputError for a flag that is missing, or that has no effect in this call."""
+    if command.network and "cell" in command.given:
+        raise InputError("--cell: does nothing with --network, which holds its own cell; leave one out")
     if command.stage == "predict":
         if not command.input or not command.output:
             raise InputError("--input and --output: needed for --stage predict")
@@ -145,8 +147,6 @@ def check_flags(command):
             raise InputError(f"{flag(name)}: does nothing without --stage predict; add that or leave it out")
     if command.network and command.stage != "evaluate":
         raise InputError("--network: only with --stage predict or evaluate; add one of them or leave it out")
-    if command.network and "cell" in command.given:
-        raise InputError("--cell: does nothing with --network, which holds its own cell; leave one out")
     if command.data_given and command.recipe.dataset == "synthetic":
         raise InputError("--data: does nothing with the synthetic videos, which are drawn; name its "
                          "--dataset, camvid or cityscapes, or leave it out")

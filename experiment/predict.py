@@ -3,85 +3,108 @@
 In the order of the file: the frames, the network, the prediction."""
 import collections
 import contextlib
-import hashlib
 import json
 import math
 import pathlib
-import re
+import shlex
 import time
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 
 import data
-from dyncell import Arch2, VideoSegmenter, fold_batchnorm
+from dyncell import VideoSegmenter, fold_batchnorm
 from experiment import weights
-from experiment.networks import make_cell
-from experiment.runs import best_device, flag
-from experiment.table import interval
+from experiment.runs import best_device, flag, float32
 from util import charts, images
 from util.costs import usable_device
 from util.errors import InputError, brief, told
-from util.files import fill, load, save
+from util.files import load, save
 from util.progress import Progress
 
-ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
+FORMATS = *images.FORMATS, "GIF", "WEBP"
 VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".split()
+SHIPPED = pathlib.Path(__file__).parents[1] / "networks"                  # those that come with the project
+ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The frames
 
-Video = collections.namedtuple("Video", "names durations size read digest")
-# names and durations (ms) of the frames; size: (width, height); read(start): yields frames (H, W, 3) uint8
-# from number `start` on, one at a time in memory; digest: a hash of the files' names and sizes
+Video = collections.namedtuple("Video", "names durations size read begins")
+# names and durations (ms) of the frames; size: (width, height); read(): yields frames (H, W, 3) uint8, one at
+# a time in memory; begins: for each frame, whether a clip begins there or a long gap lies before it
 
 
 def open_video(source):
-    """A folder of frames in numeric order, an animated GIF, WebP or APNG, or one image -> Video.
+    """A folder of frames, an animated GIF, WebP or APNG, or one image -> Video.
 
     Every frame is checked. Raises InputError naming all that can't be used."""
     source = pathlib.Path(source)
-    if source.is_dir():
-        return open_folder(source)
-    if is_video(source):
-        raise InputError(f"{source}: is a video; extract its frames (mkdir frames; ffmpeg -i {source} "
-                         "frames/%06d.png) and pass --input frames")
-    formats = (*images.FORMATS, "GIF", "WEBP")
-    images.read_image(source, formats)                              # raises InputError if it is broken
-    animation, durations = Image.open(source, formats=formats), []
+    try:
+        if source.is_dir():
+            return open_folder(source)
+        if source.exists() and not source.is_file():              # opening a pipe would wait for ever
+            raise InputError(f"{source}: is neither a folder nor a file; --input takes one of them")
+        if is_video(source):
+            raise InputError(f"{source}: is a video; extract its frames (mkdir frames; ffmpeg -i "
+                             f"{shlex.quote(str(source))} frames/%06d.png) and pass --input frames")
+        return open_animation(source)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or brief(error)}); check the path and "
+                         "the permissions of --input") from None
 
-    def read(start=0):
-        several = getattr(animation, "n_frames", 1) > 1
-        if not several or animation.format == "MPO":              # a phone's photo with a preview
-            yield images.read_image(source, formats)
+
+def is_video(path):
+    """Whether a file is a video, by its name or its first bytes (MP4, MOV, Matroska, WebM, AVI)."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(12)
+        box = head[4:8] == b"ftyp" and not images.photo_format(path)
+        return (path.suffix.lower() in VIDEOS or box or head[:4] == b"\x1aE\xdf\xa3"
+                or head[:4] + head[8:] == b"RIFFAVI ")
+    return False
+
+
+def open_animation(path):
+    images.read_image(path, FORMATS)                              # raises InputError if it is broken
+    animation, durations = Image.open(path, formats=FORMATS), []
+
+    def read():
+        if getattr(animation, "n_frames", 1) == 1 or animation.format == "MPO":
+            yield images.read_image(path, FORMATS)                # MPO: a phone's photo with a preview
             return
-        for k, frame in enumerate(ImageSequence.Iterator(animation)):
+        for k, frame in enumerate(images.animation_frames(animation)):
             pixels = np.array(frame.convert("RGB"))
             durations[k:] = [frame.info.get("duration") or 100]   # WebP knows it after decoding
-            if k >= start:
-                yield pixels
+            yield pixels
     count = 0
     try:
         for image in read():
             count += 1
     except Exception as error:               # Pillow's decoders raise many kinds
         reason = brief(error)
-        raise InputError(f"{source}: frame {count} cannot be decoded ({reason}); create it again") from None
-    names = [source.stem] if count == 1 else [f"{source.stem}_{k:05d}" for k in range(count)]
-    return Video(names, durations or [100], image.shape[1::-1], read, digest_of([source]))
+        raise InputError(f"{path}: frame {count} cannot be decoded ({reason}); create it again") from None
+    names = [path.stem] if count == 1 else [f"{path.stem}_{k:05d}" for k in range(count)]
+    return Video(names, durations or [100], image.shape[1::-1], read, [k == 0 for k in range(count)])
 
 
 def open_folder(folder):
     paths, others = [], []
-    for path in sorted(folder.iterdir(), key=numeric):
+    for path in sorted(folder.iterdir()):
         if path.name[0] != ".":              # hidden
             (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
     if not paths:
-        for path in filter(is_video, others):
-            return open_video(path)                               # raises InputError with the remedy
+        for path in filter(pathlib.Path.is_file, others):
+            if is_video(path) or images.photo_format(path):
+                return open_video(path)                           # raises InputError with the remedy
         raise InputError(f"{folder}: holds no .png or .jpg; --input is a folder of frames, an animation or "
                          "one image")
+    if others:
+        print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
+    clips, begins = data.clips_of(paths), []
+    paths = [path for clip in clips for path in clip]
+    for clip in clips:                       # no sequence of training crosses a long gap, either
+        begins += [True, *data.long_gaps(clip)]
     sizes, problems, names, progress = {}, [], {}, Progress("checking the frames", len(paths))
     for k, path in enumerate(paths):
         other = names.setdefault(path.stem, path)
@@ -100,40 +123,16 @@ def open_folder(folder):
                             "frames of a video must have the same size")
     if problems:
         raise InputError(*problems)
-    if others:
-        print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
-
-    def read(start=0):
-        return map(images.read_image, paths[start:])
-    return Video(list(names), [100] * len(paths), usual, read, digest_of(paths))
-
-
-def numeric(path):
-    """A sort key that puts frame2 before frame10."""
-    parts = re.split(r"(\d+)", path.stem)                         # every second one is a number
-    return [int(part) if k % 2 else part for k, part in enumerate(parts)], path.name
-
-
-def is_video(path):
-    """Whether a file is a video, by its name or its content (MP4, MOV, Matroska, WebM, AVI)."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(12)
-        return (path.suffix.lower() in VIDEOS or head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
-                or head[:4] + head[8:] == b"RIFFAVI ")
-    return False
-
-
-def digest_of(paths):
-    text = [f"{path.name} {path.stat().st_size}" for path in paths]
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+    return Video(list(names), [100] * len(paths), usual, lambda: map(images.read_image, paths), begins)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The network
 
 def find_network(run, network):
-    """The path of a checkpoint. network: a name in the run's folder, the path of any file, or None for the
-    run's best network. Raises InputError if there is no such file."""
+    """The path of a checkpoint. network: a name in the run's folder, the name of a network that comes with
+    the project (camvid), the path of any file, or None for the run's best network. Raises InputError if there
+    is no such file."""
     there = []
     for path in sorted(run.glob("*.pt")):
         if path.stem not in ("controller", "examples") and not path.stem.endswith("-alone"):
@@ -145,115 +144,93 @@ def find_network(run, network):
         network = wanted[0] if wanted else "static"
     if network in there:
         return run / f"{network}.pt"
-    if pathlib.Path(network).is_file():
-        return pathlib.Path(network)
+    for path in (SHIPPED / f"{network}.pt", pathlib.Path(network)):
+        if path.is_file():
+            return path
+    if network == "camvid":
+        raise InputError(f"{SHIPPED}/camvid.pt: no such file; it comes with this program, so get it again, "
+                         "or take a network of yours by --run or --network")
     listed = f"there are {', '.join(there)}" if there else "it has no network, so train one or pass --run"
     raise InputError(f"{run / network}.pt: no such file; {listed}; --network takes a checkpoint's path, too")
 
 
 def open_network(path, command):
-    """A checkpoint -> the network, its classes, palette, recipe (a dict) and the size (H, W) of the frames
-    that it was trained on, or None if unknown. Raises InputError.
-
-    No other file is needed: the checkpoint holds its recipe, the classes and their colours."""
+    """A checkpoint -> the network for inference, and the size (H, W) of the frames that it was trained on, or
+    None if unknown. Raises InputError, also for a flag of the recipe that would do nothing."""
     saved = weights.read(path, "--network takes a network trained by this program")
-    if not isinstance(saved, dict) or "static" not in saved:
-        raise InputError(f"{path}: holds no network; --network takes static, baseline, a cell, or a "
-                         "checkpoint's path")
-    if "optimizers" in saved:
-        raise InputError(f"{path}: is not finished; run the command that started it again")
-    recipe = saved.get("recipe") or {}
-    name = recipe.get("dataset", command.given.get("dataset"))
-    kind = data.DATASETS.get(name)
-    if "classes" not in saved and kind is None:
-        raise InputError(f"{path}: doesn't name its classes; give its dataset by --dataset "
-                         f"{'|'.join(data.DATASETS)}")
-    check_flags(path, recipe, command)
-    classes, palette = saved.get("classes") or kind.classes, saved.get("palette")
-    if not palette:
-        palette = kind.palette
-    static, cell = Arch2(len(classes)), None
-    fill(static, saved["static"], path)
-    if "cell" in saved:
-        cell = make_cell(saved["genotype"], static, saved.get("past", True))
-        fill(cell, saved["cell"], path)
-    device = usable_device(command.device or best_device())
-    video = fold_batchnorm(VideoSegmenter(static, cell, pad=recipe.get("input_pad", 0)).to(device))
-    return video, classes, palette, recipe, saved.get("size") or getattr(kind, "SIZE", None)
-
-
-def check_flags(path, recipe, command):
-    """Raises InputError for a recipe's flag that differs from the checkpoint's: it would do nothing."""
-    asked = vars(command.recipe) if command.schedule else command.given
-    for name, value in json.loads(json.dumps(asked)).items():
-        there = json.loads(json.dumps(recipe)).get(name, value)
-        if there != value and name != "encoder_weights":
+    video = VideoSegmenter.load(path)
+    there = json.loads(json.dumps(saved.get("recipe") or {}))     # tuples become lists
+    for name, value in json.loads(json.dumps(command.given)).items():
+        if there.get(name, value) != value and name not in weights.FILES:
             raise InputError(f"{flag(name)} {value}: does nothing with --stage predict; {path} was made "
-                             f"with {there}")
+                             f"with {there[name]}")
+    device = usable_device(command.device or best_device())
+    return fold_batchnorm(video.to(device)), saved.get("size")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The prediction
 
 def predict(command):
-    """Writes label maps, overlays and one animation of a video. Memory doesn't grow with its length. If it
-    was interrupted, the same command writes what is missing."""
-    path, every = find_network(command.run, command.network), command.key_frame_every
-    network, classes, palette, recipe, size = open_network(path, command)
-    video, output = open_video(command.input), pathlib.Path(command.output)
-    work = {"frames": video.digest, "network": weights.digest(path), "key_frame_every": every}
-    done = begin(output, work, video.names, path)
-    width, height = video.size
-    there = f"; {done} are there already" if done else ""
-    frames = f"{len(video.names)} frames" if len(video.names) > 1 else "1 frame"
-    print(f"predict: {frames} by {path.stem}, key frame {interval(every)}, {width} x {height}{there}")
+    """Writes label maps, overlays and one animation of a video. Memory doesn't grow with its length."""
+    if not (command.network or command.named_run or "dataset" in command.given):
+        raise InputError("--run, --network: give one of them; --run RUN takes a run's best network, "
+                         "--network a checkpoint, --network camvid the one for streets that comes with this "
+                         "program")
+    path, output = find_network(command.run, command.network), pathlib.Path(command.output)
+    network, size = open_network(path, command)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: holds files already; nothing is overwritten; choose another --output")
+    video, every = open_video(command.input), command.key_frame_every
+    announce(path, network, video, size)
+
+    folders, ids = ["labels", "overlay"], None
+    if network.classes == data.CityScapes.classes:                # for its evaluation server
+        folders, ids = [*folders, "labelIds"], np.array(data.CityScapes.EVALUATED, np.uint8)
+    if command.save_confidence:
+        folders.append("confidence")
+    for folder in folders:
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    write_classes(output, network.classes, network.palette)
+    progress, since = Progress("predict", len(video.names)), time.time()
+    for k, (name, image) in enumerate(zip(video.names, video.read())):    # (H, W, 3)
+        if video.begins[k]:
+            first = k
+        if k == first or every and (k - first) % every == 0:
+            state = None                     # a key frame
+        with told("predict", command.device or best_device()), float32():          # no TF32
+            if command.save_confidence:
+                probabilities, state = network.probabilities(image, state)            # (C, H, W)
+                largest, labels = probabilities.max(dim=0)        # (H, W)
+            else:
+                labels, state = network.segment(image, state)     # (H, W)
+        labels, pictures = labels.cpu().numpy().astype(np.uint8), {}
+        pictures["overlay"] = charts.overlay(image, labels, network.palette)
+        if ids is not None:
+            pictures["labelIds"] = ids[labels]
+        if command.save_confidence:
+            pictures["confidence"] = (255 * largest).round().byte().cpu().numpy()
+        for folder, pixels in pictures.items():
+            charts.save_png(output / folder / f"{name}.png", Image.fromarray(pixels), folder)
+        charts.save_indexed(output / "labels" / f"{name}.png", labels, network.palette)
+        progress.update(k + 1, frames_per_second=(k + 1) / (time.time() - since))
+    rare = animate(output, video)
+    print(f"predict: wrote {output}: labels/ (indexed PNG, class numbers), {'/, '.join(folders[1:])}/, "
+          f"overlay.webp{rare}, classes.json, legend.png")
+
+
+def announce(path, network, video, size):
+    """Prints which network works on which frames, and warns if they are unlike those of its training."""
+    print(f"predict: {path.stem} of {path.absolute().parent}, {len(network.classes)} classes: "
+          f"{', '.join(network.classes)}")
+    print(f"predict: {len(video.names)} frame(s) of {video.size[0]} x {video.size[1]}")
+    first = [name for name, begins in zip(video.names, video.begins) if begins]
+    if network.cell is not None and len(first) > 1:
+        print(f"predict: {len(first)} clips, or parts of one between long gaps; each begins with a key "
+              f"frame: {', '.join(first[:6])}{', ...' if len(first) > 6 else ''}")
     if size and not 1 / 2 <= min(video.size) / min(size) <= 2:
         print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; it is "
               "unreliable on such different ones, so resize them to about that")
-    write_classes(output, classes, palette)
-    ids = None
-    if list(classes) == data.CityScapes.classes:                  # for its evaluation server
-        ids = np.array(data.CityScapes.EVALUATED, np.uint8)
-        (output / "labelIds").mkdir(exist_ok=True)
-    # A cell needs the previous frame's state. It is computed again from the last key frame on, without
-    # writing those frames again.
-    start = done if network.cell is None else done - done % every if every else 0
-    progress, since, state = Progress("predict", len(video.names), done=start), time.time(), None
-    images = video.read(start) if done < len(video.names) else ()
-    for k, image in enumerate(images, start):
-        if every and k % every == 0:
-            state = None
-        with told("predict", command.device or best_device()):
-            labels, state = network.segment(image, state)
-        if k >= done:
-            labels, name = labels.cpu().numpy(), f"{video.names[k]}.png"
-            if ids is not None:
-                charts.save_png(output / "labelIds" / name, Image.fromarray(ids[labels]))
-            overlaid = Image.fromarray(charts.overlay(image, labels, palette))
-            charts.save_png(output / "overlay" / name, overlaid, "an overlay")
-            charts.save_indexed(output / "labels" / name, labels, palette)       # last: the frame is done
-        progress.update(k + 1, frames_per_second=(k + 1 - start) / (time.time() - since))
-    rare = animate(output, video)
-    folders = "labels/ (indexed PNG, class numbers), " + ("labelIds/, " if ids is not None else "")
-    print(f"predict: wrote {output}: {folders}overlay/, overlay.webp{rare}, classes.json, legend.png")
-
-
-def begin(output, work, names, path):
-    """Makes the output folder -> the number of frames that an earlier call of the same work has finished.
-    Raises InputError if the folder holds anything else, so nothing is overwritten."""
-    record = output / "predict.json"
-    if record.exists() and load(record) != work:
-        raise InputError(f"{output}: holds a prediction of other frames or by another network than {path}; "
-                         "choose another --output")
-    if output.exists() and not record.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: holds files already; nothing is overwritten, so choose another --output")
-    for folder in ("labels", "overlay"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-    save(record, work)
-    done = 0
-    while done < len(names) and (output / "labels" / f"{names[done]}.png").exists():
-        done += 1
-    return done
 
 
 def write_classes(output, classes, palette):

@@ -1,20 +1,36 @@
-"""util/predict.py: one's own video, by a network of a finished run."""
+"""experiment/predict.py: one's own video, by a network of a finished run. Inputs as people have them."""
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from whole_run import content_of, run_predict, small, smoke
+from whole_run import as_script, content_of, run_predict, small, smoke
 
 import data
 import train
 from data import InputError
-from experiment import figures
+from dyncell import Arch2, VideoSegmenter
 from experiment import options
 from experiment import predict
 from experiment import runs
-from util import files, charts
+from util import files
+
+
+def picture(k, size=(64, 48)):
+    return Image.fromarray(np.random.default_rng(k).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def folder_of(folder, *names, size=(64, 48)):
+    folder.mkdir()
+    for k, name in enumerate(names):
+        picture(k, size).save(folder / name)
+    return folder
+
+
+def maps(out, folder="labels"):
+    return [np.array(Image.open(path)) for path in sorted((out / folder).iterdir())]
 
 
 @pytest.fixture
@@ -27,46 +43,55 @@ def frames_folder(tmp_path, small):
     return folder
 
 
+# ---- what is written
+
 @pytest.mark.parametrize("every", [0, 3])
-def test_predict_writes_the_labels_that_evaluate_scores(smoke, frames_folder, tmp_path, every):
-    out = tmp_path / "out"
-    run_predict(smoke, frames_folder, out, "--network", "cell-0", "--key-frame-every", str(every))
-    path = smoke / "recipe.json"
-    run = runs.Run(smoke, options.as_recipe(files.load(path), path, train.Recipe), device="cpu")
-    preds = [pred for _, pred, _ in train.segment_clips(run, run.load("cell-0"), "test", every)]
+def test_the_labels_are_those_that_evaluate_scores(smoke, frames_folder, tmp_path, every):
+    flags = "--network", "cell-0", "--key-frame-every", str(every)
+    out = run_predict(smoke, frames_folder, tmp_path / "out", *flags)
+    sure = run_predict(smoke, frames_folder, tmp_path / "sure", *flags, "--save-confidence")
+    run = runs.Run(smoke, options.folder_of(smoke, train.Recipe)["recipe"], device="cpu")
+    network = run.load("cell-0")
+    preds = [pred for _, pred, _ in train.segment_clips(run, network, "test", every)][:4]
     written = sorted((out / "labels").iterdir())
-    assert len(written) == len(data.Synthetic(None, "test").clips[0])
+    assert len(written) == 4 and len(torch.stack(preds).unique()) > 1
     for path, pred in zip(written, preds):
-        picture = Image.open(path)
-        assert picture.mode == "P" and (np.array(picture) == pred.numpy()).all()
-        assert picture.getpalette()[:18] == data.Synthetic.palette.ravel().tolist()
-    assert len(torch.cat(preds).unique()) > 1
-    assert len(list((out / "overlay").iterdir())) == Image.open(out / "overlay.webp").n_frames == len(written)
+        image = Image.open(path)
+        assert image.mode == "P" and (np.array(image) == pred.numpy()).all()
+        assert image.getpalette()[:18] == data.Synthetic.palette.ravel().tolist()
+    assert len(maps(out, "overlay")) == Image.open(out / "overlay.webp").n_frames == 4
+    assert all((a == b).all() for a, b in zip(maps(out), maps(sure)))
+    first, _ = network.probabilities(np.array(Image.open(sorted(frames_folder.iterdir())[0])))
+    expected = 255 * first.amax(dim=0).numpy()                            # (48, 64)
+    assert np.abs(maps(sure, "confidence")[0] - expected).max() < 0.51    # rounded
+    rows = json.loads((out / "classes.json").read_text())
+    assert [row["name"] for row in rows] == data.Synthetic.classes and rows[1]["colour"] == [230, 159, 0]
+    assert Image.open(out / "legend.png").width > 100
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_an_animation_keeps_its_timing(smoke, frames_folder, tmp_path, kind):
+def test_label_maps_of_cityscapes_are_official_ones_too(small, tmp_path):
+    torch.manual_seed(0)
+    torch.save({"static": Arch2(19).half().state_dict(), "classes": data.CityScapes.classes,
+                "palette": data.CityScapes.palette.tolist()}, tmp_path / "arch2.pt")
+    out = run_predict(tmp_path / "nowhere", folder_of(tmp_path / "f", "1.png"), tmp_path / "out",
+                      "--network", str(tmp_path / "arch2.pt"))
+    assert (maps(out, "labelIds")[0] == np.array(data.CityScapes.EVALUATED)[maps(out)[0]]).all()
+
+
+@pytest.mark.parametrize("kind, hidden", [("gif", False), ("webp", False), ("png", False), ("png", True)])
+def test_an_animation_keeps_its_timing(smoke, frames_folder, tmp_path, kind, hidden):
+    """hidden: an APNG has a picture for programs that don't know animations; it is no frame."""
     first, *rest = [Image.open(path) for path in sorted(frames_folder.iterdir())[:3]]
-    first.save(tmp_path / f"a.{kind}", save_all=True, append_images=rest, duration=[40, 80, 200])
+    more = {"default_image": True, "append_images": [first, *rest]} if hidden else {"append_images": rest}
+    first.save(tmp_path / f"a.{kind}", save_all=True, duration=[40, 80, 200], **more)
     run_predict(smoke, tmp_path / f"a.{kind}", tmp_path / "out", "--network", "static")
-    assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
     durations = []
     with Image.open(tmp_path / "out" / "overlay.webp") as animation:
         for k in range(animation.n_frames):
             animation.seek(k)
             animation.load()
             durations.append(animation.info["duration"])
-    assert durations == [40, 80, 200]
-
-
-def test_one_image_is_taken_and_classes_and_a_legend_lie_beside_the_label_maps(
-        smoke, frames_folder, tmp_path):
-    out = tmp_path / "out"
-    run_predict(smoke, next(frames_folder.iterdir()), out)
-    assert len(list((out / "labels").iterdir())) == 1
-    rows = json.loads((out / "classes.json").read_text())
-    assert [row["name"] for row in rows] == data.Synthetic.classes and rows[1]["colour"] == [230, 159, 0]
-    assert Image.open(out / "legend.png").width > 100
+    assert len(maps(tmp_path / "out")) == 3 and durations == [40, 80, 200]
 
 
 def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monkeypatch, capsys):
@@ -76,7 +101,89 @@ def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monk
     animation, said = Image.open(tmp_path / "out" / "overlay.webp"), capsys.readouterr().out
     assert animation.n_frames == 2 and animation.width == 32 and "one frame in 2" in said
     best = files.load(smoke / "results.json")["best"]
-    assert f"predict: 4 frames by {best}, key frame first only" in said
+    assert f"predict: {best} of {smoke}, 6 classes: ground, stripes" in said
+
+
+# ---- key frames
+
+def test_a_clip_and_what_follows_a_long_gap_begin_with_a_key_frame(smoke, small, tmp_path, capsys):
+    """So they get the labels that they get alone, at any distance of key frames."""
+    names = [f"a_{k}.png" for k in (8, 9, 10, 40, 41, 42)] + ["b_1.png", "b_2.png"]
+    whole = folder_of(tmp_path / "whole", *names)
+    for every in ("0", "2"):
+        flags = "--network", "cell-0", "--key-frame-every", every
+        out = run_predict(smoke, whole, tmp_path / f"out{every}", *flags)
+        assert "3 clips" in (said := capsys.readouterr().out) and "a_8, a_40, b_1" in said
+        for part in (names[:3], names[3:6], names[6:]):
+            (frames := tmp_path / f"{part[0]}{every}").mkdir()
+            for name in part:
+                os.link(whole / name, frames / name)
+            alone = run_predict(smoke, frames, tmp_path / f"{frames.name}out", *flags)
+            assert "key frame" not in capsys.readouterr().out
+            for path in (alone / "labels").iterdir():
+                assert path.read_bytes() == (out / "labels" / path.name).read_bytes()
+    run_predict(smoke, whole, tmp_path / "static", "--network", "static")
+    assert "key frame" not in capsys.readouterr().out             # each of its frames is one
+
+
+def test_a_gpu_works_in_float32(smoke, frames_folder, tmp_path, monkeypatch):
+    seen, segment = [], VideoSegmenter.segment
+
+    def noting(*inputs):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return segment(*inputs)
+    monkeypatch.setattr(VideoSegmenter, "segment", noting)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run_predict(smoke, frames_folder, tmp_path / "out")
+    assert seen == [False] * 4 and torch.backends.cudnn.allow_tf32
+
+
+# ---- inputs as people have them
+
+def test_names_in_numeric_order_hidden_files_and_names_that_are_no_utf_8(smoke, small, tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "f", "frame10.png", "frame9.png", "frame1.png", "frame2.JPG", ".frame3.png")
+    (folder / ".frame0.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("mine")
+    assert predict.open_video(folder).names == ["frame1", "frame2", "frame9", "frame10"]
+    picture(0).save(os.path.join(os.fsencode(folder), b"stra\xdfe_1.png"))
+    status = as_script(monkeypatch, "train.py", "--stage", "predict", "--run", smoke, "--input", folder,
+                       "--output", tmp_path / "out")
+    assert status == 0 and b"stra\xdfe_1.png" in os.listdir(os.fsencode(tmp_path / "out" / "labels"))
+
+
+def test_a_phones_picture_is_one_image_and_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(1, (16, 12))], exif=exif)
+    for kind in ("png", "webp"):
+        picture(0).save(tmp_path / f"a.{kind}", exif=exif)
+    for kind in ("jpg", "png", "webp"):
+        video = predict.open_video(tmp_path / f"a.{kind}")
+        assert video.names == ["a"] and video.size == (48, 64)
+        assert [image.shape for image in video.read()] == [(64, 48, 3)]
+
+
+@pytest.mark.parametrize("name, head, said", [
+    ("a.mp4", b"", r"a.mp4: is a video; .*ffmpeg -i .* frames/%06d.png"), ("a b.mov", b"", "a b.mov' frames"),
+    ("a", b"\0\0\0\x20ftypisom", "is a video"), ("a.bin", b"\x1aE\xdf\xa3", "is a video"),
+    ("a.x", b"RIFF1234AVI ", "is a video"), ("folder/a.mov", b"", "a.mov: is a video"),
+    ("a.HEIC", b"\0\0\0\x18ftypheic", "a.HEIC: is a HEIC photo"),
+    ("a.jpg", b"\0\0\0\x18ftypavif", "a.jpg: is an AVIF photo"),
+    ("folder/a.heic", b"\0\0\0\x18ftypheic", "a.heic: is a HEIC photo"),
+    ("empty/", b"", "holds no .png"), ("pipe", None, "pipe: is neither"),
+    ("n" * 300, None, "cannot be read .*--input"), ("no", None, "no: no such file")])
+def test_what_is_no_video_of_frames_is_named_with_what_to_do(tmp_path, name, head, said):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "empty/":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif head is not None:
+        path.write_bytes(head + bytes(100))
+    with pytest.raises(InputError, match=said) as told:
+        predict.open_video(path.parent if "folder" in name else path)
+    assert "make room" not in str(told.value) and "\n" not in str(told.value)
 
 
 def spoil(folder, fault):
@@ -85,22 +192,12 @@ def spoil(folder, fault):
         Image.new("RGB", (48, 64)).save(path)
     elif fault == "broken":
         path.write_bytes(path.read_bytes()[:1000])
-    elif fault == "jpeg":
+    else:                                    # twice
         Image.open(path).save(path.with_suffix(".jpg"))
-        path.unlink()
-        path = path.with_suffix(".jpg")
-        path.write_bytes(path.read_bytes()[:500])
-    elif fault == "twice":
-        Image.open(path).save(path.with_suffix(".jpg"))
-    else:
-        for path in folder.iterdir():
-            path.unlink()
 
 
-@pytest.mark.parametrize("fault, said", [
-    ("size", "000_0002.png: 48 x 64, most others 64 x 48"), ("broken", "000_0002.png: is not an image"),
-    ("jpeg", "000_0002.jpg: is not an image"), ("empty", "holds no .png or .jpg"),
-    ("twice", "000_0002.png: would be written to the same file as 000_0002.jpg")])
+@pytest.mark.parametrize("fault, said", [("size", "000_0002.png: 48 x 64"), ("twice", "0002.*0002.jpg"),
+                                         ("broken", "000_0002.png: is not an image")])
 def test_what_is_wrong_with_a_frame_is_said_before_the_work(smoke, frames_folder, tmp_path, fault, said):
     spoil(frames_folder, fault)
     with pytest.raises(InputError, match=said):
@@ -108,35 +205,41 @@ def test_what_is_wrong_with_a_frame_is_said_before_the_work(smoke, frames_folder
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("network, every", [("static", 0), ("cell-0", 0), ("cell-0", 2)])
-def test_a_prediction_that_was_stopped_continues_to_the_same_pictures(
-        smoke, frames_folder, tmp_path, monkeypatch, network, every):
-    flags, written = ("--network", network, "--key-frame-every", str(every)), charts.save_indexed
-    run_predict(smoke, frames_folder, tmp_path / "whole", *flags)
-
-    def stop(path, *more):
-        if path.stem.endswith("3"):
-            raise KeyboardInterrupt
-        written(path, *more)
-    monkeypatch.setattr(figures, "save_indexed", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_predict(smoke, frames_folder, tmp_path / "out", *flags)
-    monkeypatch.setattr(figures, "save_indexed", written)
-    assert len(list((tmp_path / "out" / "labels").iterdir())) == 3
-    run_predict(smoke, frames_folder, tmp_path / "out", *flags)
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
-    with pytest.raises(InputError, match="out: holds a prediction of other frames or by another network"):
-        run_predict(smoke, frames_folder, tmp_path / "out", "--network", "baseline")
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+def test_frames_of_quite_another_size_are_said_once(smoke, small, tmp_path, capsys):
+    for size, times in (((60, 80), 0), ((256, 192), 1)):
+        frames = folder_of(tmp_path / str(size), "1.png", "2.png", size=size)
+        run_predict(smoke, frames, tmp_path / f"out{size}")
+        assert capsys.readouterr().out.count("was trained on frames of 64 x 48") == times
 
 
-def test_nothing_is_overwritten_or_made_for_what_is_not_there(smoke, frames_folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    for source, output, network, said in (
-            ("frames", "out", "static", "holds files already"),
-            ("nowhere", "new", "static", "nowhere: no such file"),
-            ("frames", "new", "NOSUCH", "NOSUCH.pt: no such file; there are baseline, .*cell-0, .*static")):
+# ---- which network
+
+def test_a_network_is_named_and_nothing_is_overwritten(smoke, frames_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "SHIPPED", tmp_path / "networks")
+    folder_of(tmp_path / "full", "mine.png")
+    common = ["--stage", "predict", "--input", str(frames_folder), "--output"]
+    named = [*common, "new", "--run", str(smoke)]
+    for arguments, said in (
+            ([*common, "new"], "--run, --network: .*--network camvid"),
+            ([*common, "new", "--network", "camvid"], "networks/camvid.pt: no such file"),
+            ([*named, "--network", "NOSUCH"], "NOSUCH.pt: no such file; there are baseline, .*static"),
+            ([*named, "--network", "controller"], "controller.pt: no such file"),
+            ([*named, "--network", "cell-0", "--cell", "warp"], "--cell: .*--network"),
+            ([*named, "--static-epochs", "77"], "--static-epochs 77: does nothing"),
+            ([*common, "full", "--run", str(smoke)], "full: holds files already")):
         with pytest.raises(InputError, match=said):
-            run_predict(smoke, tmp_path / source, tmp_path / output, "--network", network)
-    assert content_of(tmp_path / "out").keys() == {"mine.txt"} and not (tmp_path / "new").exists()
+            train.main(arguments)
+    assert list(content_of(tmp_path / "full")) == ["mine.png"] and not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_alone_is_enough_and_is_read_anew(smoke, frames_folder, tmp_path, monkeypatch):
+    """As networks/camvid.pt, which comes with the project."""
+    monkeypatch.setattr(predict, "SHIPPED", tmp_path)
+    for name in ("cell-0", "static"):        # another network behind the same path
+        (tmp_path / "camvid.pt").write_bytes((smoke / f"{name}.pt").read_bytes())
+        same = run_predict(smoke, frames_folder, tmp_path / name, "--network", name)
+        for k, network in enumerate(("camvid", str(tmp_path / "camvid.pt"))):
+            out = tmp_path / f"{name}{k}"
+            run_predict(tmp_path / "nowhere", frames_folder, out, "--network", network)
+            assert content_of(out) == content_of(same)
