@@ -18,6 +18,7 @@ result. experiment/runs.py does that; a reader needs only these words of it:
 """
 import dataclasses
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -597,7 +598,8 @@ def main(arguments=None):
         return predict.predict(command)
     with options.open_run(command, recipe_for) as run:
         if command.network:                                       # --stage evaluate --network
-            return table.evaluate_network(run, command.network, evaluate_video)
+            return table.evaluate_network(run, predict.find_network(run.folder, command.network),
+                                          evaluate_video)
         for name in command.stages:
             with table.stage(run, name, command.stages) as missing:
                 if missing:
@@ -605,4 +607,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    data.run_main(main, continues=True)
+    data.run_main(main, continues="predict" not in sys.argv)      # which is run anew, into a new folder
