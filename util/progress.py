@@ -1,35 +1,40 @@
 """One line of progress, for everything that takes a long time."""
+import shutil
 import sys
 import time
 
 
 class Progress:
-    """One line of progress. On a terminal it is rewritten; otherwise a new line appears every 30 seconds.
+    """One line of progress. On a terminal it is rewritten; elsewhere a line appears at the first step and
+    then every 30 seconds.
 
-    total: number of all steps, 0 if unknown; done: steps made before. After 20 seconds one line estimates
-    how long the rest will take on this device."""
+    total: number of all steps, 0 if unknown; done: steps that were made before."""
 
     stage = ""                               # "[2/4] " in stage 2 of a command with four stages
+    after = None                             # seconds expected for the later stages, if known
 
     def __init__(self, title, total, done=0, unit=""):
         self.title, self.total, self.first, self.unit = title, total, done, unit
-        self.start = self.last = time.time()
-        self.tty, self.estimated = sys.stdout.isatty(), False
+        self.start, self.last = time.time(), None
+        self.tty = getattr(sys.stdout, "isatty", lambda: False)()         # stdout may be None
 
     def update(self, done, **figures):
-        now, made = time.time(), done - self.first
-        left = (now - self.start) / max(made, 1) * (self.total - done)
-        if self.total and not self.estimated and made > 1 and now - self.start > 20:
-            self.estimated = True
-            each = (now - self.start) / made
-            self.say(f"{self.stage}{self.title}: {self.total} steps, {each:.2f} s each: about "
-                     f"{duration(left)} left")
-        if now - self.last > (0.2 if self.tty else 30) or done == self.total:
-            self.last = now
-            text = f"{self.stage}{self.title} {done:,}{f'/{self.total:,}' if self.total else ''}{self.unit}  "
-            text += "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            text += f"  {duration(left)} left" if self.total and done < self.total else ""
-            self.say(text, end="" if self.tty and done != self.total else "\n")
+        now = time.time()
+        pace = (now - self.start) / max(done - self.first, 1)             # seconds a step
+        if self.last is None:                # the first step warms up: later estimates leave it out
+            self.first, self.start = done, now
+        elif now - self.last < (0.2 if self.tty else 30) and done != self.total:
+            return
+        self.last = now
+        of = f"/{self.total:,}" if self.total else ""
+        parts = [f"{self.stage}{self.title} {done:,}{of}{self.unit}"]
+        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+        if done < self.total:
+            left = pace * (self.total - done)
+            parts.append(f"{duration(left)} left")
+            if self.after is not None:
+                parts[-1] += f", {duration(left + self.after)} with all later stages"
+        self.say("  ".join(parts), end="" if self.tty and done != self.total else "\n")
 
     def show(self, done, total):
         """update() for work whose total is known only after it has begun."""
@@ -38,7 +43,10 @@ class Progress:
 
     def say(self, text, end="\n"):
         """Prints a line in place of the line of progress."""
-        print(("\r\033[K" if self.tty else "") + text.rstrip(), end=end, flush=True)
+        if self.tty and not end:             # a line that wraps could not be rewritten
+            text = text[:shutil.get_terminal_size().columns - 1]
+        start = "\r\033[K" if self.tty else ""
+        print(start + text.rstrip(), end=end, flush=hasattr(sys.stdout, "flush"))
 
 
 def duration(seconds):

@@ -1,5 +1,4 @@
-"""The pictures show what the run's files say: pixels, counts and layouts are checked against them."""
-import itertools
+"""The pictures show what the run's files say: pixels and counts are read back from them."""
 import json
 import math
 import random
@@ -15,7 +14,7 @@ from data import InputError
 from dyncell import Genotype
 from ops import AGGREGATIONS, OPERATIONS
 from experiment import figures
-from util import charts, label_maps
+from util import charts
 
 FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"),
                   ("dec_prev", "node0", "gap", "zero", "sum")])
@@ -90,7 +89,7 @@ def run(tmp_path_factory):
 
 BY_STAGE = {"pretrain": ["curve-pretrain"], "search": ["fig3-rewards", "fig4-sampling"],
             "finetune": ["curve-finetune", "fig7-cell-0", "fig7-cell-1"],
-            "evaluate": ["fig5-examples", "table5-miou"]}
+            "evaluate": ["fig5-examples", "tables3-4-miou"]}
 
 
 def test_every_figure_is_drawn_and_not_blank(run):
@@ -141,7 +140,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Figs. 3 and 4
+# Figs. 3 and 4, training curves
 
 def pixel(canvas, plot, x, y):
     return canvas.finished().getpixel((int(plot.x(x)), int(plot.y(y))))
@@ -150,12 +149,11 @@ def pixel(canvas, plot, x, y):
 def islands(mask):
     """Number of connected regions (8 neighbours)."""
     left, count = {(y, x) for y, x in np.argwhere(mask).tolist()}, 0
-    around = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     while left:
         count, edge = count + 1, [left.pop()]
         while edge:
             y, x = edge.pop()
-            near = {(y + i, x + j) for i, j in around} & left
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
             left -= near
             edge += near
     return count
@@ -173,9 +171,17 @@ def test_each_candidate_is_a_mark_where_the_log_says():
     pixels = np.array(canvas.finished(), int)[int(plot.top):int(plot.bottom) + 6, int(plot.left):]
     assert islands(pixels[..., 2] - pixels[..., 0] > 40) == len(log)
 
+    other = [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]   # random search, beside it or alone
+    for ppo in ([entry(k, 0.5) for k in range(3)], []):
+        canvas = figures.rewards(ppo, other)
+        (plot,) = canvas.plots
+        assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [charts.BLUE]
+        assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [charts.VERMILLION]
+        assert pixel(canvas, plot, 2, 0.4) == (255, 255, 255)
+
 
 @pytest.mark.parametrize("count", [20, 300, 1000])
-def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
+def test_the_mean_is_the_mean_of_the_last(count):
     rng = random.Random(count)
     log = [entry(k, rng.uniform(0.2, 0.5)) for k in range(count)]
     log[count // 2] = entry(count // 2, 0.8)
@@ -190,44 +196,22 @@ def test_the_best_candidate_is_on_top_and_the_mean_is_the_mean(count):
     assert np.array(canvas.finished())[int(plot.top):int(plot.bottom) - 1, left:right].max(axis=2).min() > 60
 
 
-def test_random_search_stands_beside_or_alone():
-    log = [entry(k, 0.5) for k in range(3)]
-    other = [entry(0, 0.2), entry(1, 0.3), entry(2, 0.4, stopped=True)]
-    for ppo in (log, []):
-        canvas = figures.rewards(ppo, other)
-        (plot,) = canvas.plots
-        assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [charts.BLUE]
-        assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [charts.VERMILLION]
-        assert pixel(canvas, plot, 2, 0.4) not in (charts.BLUE, charts.VERMILLION)
+def test_running_mean_by_hand():
+    means = figures.running_mean([1, 3, math.nan, 5, math.nan, math.nan], 2)
+    assert means[:5] == [1, 2, 3, 5, 5] and math.isnan(means[5])
 
 
 def test_what_is_sampled_by_hand():
-    assert figures.sampled([entry(0, 0.5)]) == ([["gap", "skip", "gap", "zero"]], [["concat", "sum"]],
-                                                [["dec_prev", "layer2", "dec_prev"]])
-    canvas = figures.sampling([entry(k, 0.5) for k in range(8)])          # the same cell eight times
-    operations, aggregations, inputs = canvas.plots
-    gap, concat = list(OPERATIONS).index("gap"), list(AGGREGATIONS).index("concat")
-    for x in (0.05, 3.02, 6.95):                          # from the first candidate on, beside the marks
-        assert pixel(canvas, operations, x, 50) == charts.STYLES[gap][1]
-        assert pixel(canvas, inputs, x, 200 / 3) == figures.SOURCES[1]    # dec_prev has its colour of Fig. 7
-    assert charts.STYLES[concat][1] in colours_of(canvas, aggregations)
-    assert len(set(charts.STYLES)) >= len(OPERATIONS)
-
-
-def colours_of(canvas, plot):
-    box = [round(v) for v in (plot.left, plot.top, plot.right, plot.bottom)]
-    return {colour for _, colour in canvas.finished().crop(box).getcolors(1 << 24)}
-
-
-def test_lines_that_lie_on_each_other_are_all_seen():
-    cell = Genotype([("dec_prev", "layer2", "gap", "skip", "sum"),  # sum and concat equally often, and so on
-                     ("dec_prev", "layer2", "gap", "skip", "concat")])
-    for count in (1, 2, 60):
-        canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(count)])
+    assert figures.sampled(entry(0, 0.5)) == (["gap", "skip", "gap", "zero"], ["concat", "sum"],
+                                              ["dec_prev", "layer2", "dec_prev"])
+    for count in (1, 8):                                  # the same cell eight times
+        canvas = figures.sampling([entry(k, 0.5) for k in range(count)])
         operations, aggregations, inputs = canvas.plots
-        assert set(charts.COLOURS) <= colours_of(canvas, operations)
-        assert set(charts.COLOURS[:len(AGGREGATIONS)]) <= colours_of(canvas, aggregations)
-        assert set(figures.SOURCES) <= colours_of(canvas, inputs)
+        for x in np.linspace(0.05, count - 1.05, 3) if count > 1 else [0]:
+            assert pixel(canvas, operations, x, 50) == charts.STYLES[list(OPERATIONS).index("gap")][1]
+            assert pixel(canvas, inputs, x, 200 / 3) == figures.SOURCES[1]        # dec_prev, as in Fig. 7
+    assert pixel(canvas, aggregations, 3, 50) in [charts.STYLES[k][1] for k in range(2)]  # sum under concat
+    assert len(set(charts.STYLES)) >= len(OPERATIONS) and len(set(figures.SOURCES)) == 5
 
 
 def test_few_candidates_are_called_few_and_a_new_operation_is_drawn_too(monkeypatch):
@@ -237,9 +221,9 @@ def test_few_candidates_are_called_few_and_a_new_operation_is_drawn_too(monkeypa
 
     assert title_width(49) > title_width(50) + 200
     monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
-    cell = Genotype([("dec_prev", "layer2", "my_op", "skip", "sum")])
+    cell = Genotype([("dec_prev", "layer2", "my_op", "my_op", "sum")])
     canvas = figures.sampling([entry(k, 0.5, cell=cell) for k in range(8)])
-    assert charts.STYLES[12 % len(charts.STYLES)][1] in colours_of(canvas, canvas.plots[0])
+    assert pixel(canvas, canvas.plots[0], 3, 100) == charts.STYLES[12 % len(charts.STYLES)][1]
 
 
 @pytest.mark.parametrize("log", [
@@ -251,130 +235,75 @@ def test_odd_logs(log):
         canvas.finished()
 
 
-def test_running_mean_by_hand():
-    means = charts.running_mean([1, 3, math.nan, 5, math.nan, math.nan], 2)
-    assert means[:5] == [1, 2, 3, 5, 5] and math.isnan(means[5])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Axes and curves
-
-def test_ticks_enclose_the_values():
-    assert charts.round_ticks([0.31, 0.68]) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
-    assert charts.round_ticks([1, 3], whole=True) == [1, 2, 3]
-    assert charts.round_ticks([math.nan, math.inf]) == charts.round_ticks([])
-    assert charts.round_ticks([]) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    rng = random.Random(0)
-    for _ in range(500):
-        low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
-        high = low + rng.choice([0, rng.random() * 10 ** rng.randint(-6, 6)])
-        ticks = charts.round_ticks([low, high])
-        step = ticks[1] - ticks[0]
-        assert ticks[0] <= low + 1e-6 * step and high - 1e-6 * step <= ticks[-1] and 2 <= len(ticks) <= 7
-        assert f"{step:.0e}"[0] in "125"
-
-
 def test_losses_are_per_frame(tmp_path):
     """A history has those of a sequence: of two frames where the cell is trained alone, else of three."""
     training(tmp_path / "baseline.pt", 1)                                 # loss 2
     training(tmp_path / "cell-0-alone.pt", 4, genotype=FIRST.to_json())   # losses 2 / epoch
     training(tmp_path / "cell-0.pt", 1, genotype=FIRST.to_json())
-    (name, canvas), _ = figures.draw_finetune(tmp_path)
+    (_, canvas), _ = figures.draw_finetune(tmp_path)
     alone, whole = canvas.plots
-    blue = charts.STYLES[1][1]
-    assert [pixel(canvas, alone, e, 1 / e) for e in range(1, 5)] == 4 * [blue]
-    assert pixel(canvas, whole, 1, 2 / 3) == blue                         # the baseline's point lies below it
+    (_, first), (_, second) = charts.STYLES[:2]
+    for k, epoch in enumerate((1.02, 2, 3, 3.98)):
+        assert pixel(canvas, alone, epoch, 1 / round(epoch)) == second, epoch
+    assert pixel(canvas, whole, 1, 2 / 3) in (first, second)
 
 
-def test_curves_pass_through_their_points():
-    epochs = range(1, 11)
-    lines = {"baseline": [(e, 3.0 - 0.1 * e) for e in epochs], "cell-0": [(e, 1.0) for e in epochs]}
-    canvas = charts.curves("title", [("loss", lines), ("empty", {"baseline": [], "cell-0": []})])
-    (plot,) = canvas.plots                                # the empty panel is left out
-    for (name, line), (_, colour) in zip(lines.items(), charts.STYLES):
-        assert all(pixel(canvas, plot, x, y) == colour for x, y in line), name
-    for odd in ([2.0], [math.nan], [1.0, math.nan, 1.0], [math.inf, 0.0]):
-        line = list(enumerate(odd, start=1))
-        charts.curves("title", [("loss", {"a": line})]).finished()
+def test_names_stand_beside_the_ends_of_their_lines_in_their_order():
+    """Twelve lines end at one point, others far from it: the names don't overlap and stay at the plot."""
+    for ends in ([0.0] * 12, [1.0] * 12, [1.0, 0.5, *[0.0] * 10], [k % 3 for k in range(24)]):
+        lines = {str(k): [(0, 0.5), (9, end)] for k, end in enumerate([*ends, math.nan])}
+        canvas, places = figures.panels("title", "", "x", {"y": lines, "empty": {"a": []}}), []
+        (plot,) = canvas.plots                            # the empty one is left out
+        pixels = np.array(canvas.finished(), int)[:, 778:798]             # the samples of the lines
+        rows = np.flatnonzero((pixels.max(2) - pixels.min(2) > 60).any(1) | (pixels.max(2) < 60).any(1))
+        places = [row for row in rows if row - 1 not in rows]
+        assert len(places) == len(ends) and min(np.diff(places)) >= 20
+        assert plot.top - 16 <= places[0] and places[-1] <= plot.bottom + 16
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Fig. 7
 
-def test_spread_by_hand():
-    assert charts.spread([0, 0], [2, 2]) == [-1, 1]
-    assert charts.spread([0, 0], [2, 2], low=0) == [1, 3]
-    assert charts.spread([5, 0, 9], [2, 2, 2]) == [5, 0, 9]              # far enough apart: left as they are
-    assert charts.spread([1, 0, 30], [4, 2, 2], high=20) == pytest.approx([2, -1, 19])
-
-
 def cells():
     """Random cells, and the extremes: everything from one input, a chain, all side by side."""
     rng = random.Random(1)
     chain = [(0, 0)] + [(4 + k, 4 + k) for k in range(1, 5)]
-    extremes = [[(1, 1)] * 5, chain, [(k, 4 - k) for k in range(5)], [(0, 4), (5, 0), (6, 0), (7, 0), (0, 4)]]
-    found = [genotype(rng, 1 + k % 5) for k in range(50)]
-    for places in extremes:
+    found = [genotype(rng, 1 + k % 8) for k in range(12)]
+    side, far = [(k, 4 - k) for k in range(5)], [(0, 4), (5, 0), (6, 0), (7, 0), (0, 4)]
+    for places in ([(1, 1)] * 5, chain, side, far):
         found.append(Genotype([(a, b, "conv3x3_r12", "conv3x3_r12", "predictive") for a, b in places]))
     return found
 
 
-def test_no_text_is_crossed_whatever_the_cell():
-    for g in cells():
-        boxes, edges = figures.cell_layout(g)
-        assert len(boxes) == 5 + 3 * len(g) + 1
-        rectangles = np.array([box[:4] for box in boxes], float)          # x0, y0, x1, y1
-        for k, (x0, y0, x1, y1) in enumerate(rectangles):
-            others = np.delete(rectangles, k, axis=0)
-            apart = (others[:, 2] < x0) | (others[:, 0] > x1) | (others[:, 3] < y0) | (others[:, 1] > y1)
-            assert apart.all(), g
-            assert all(charts.text_width(word) < x1 - x0 for word in boxes[k][5])    # text stays in its box
-        for _, line, _ in edges:
-            fine = np.linspace(0, 1, 6)[:, None, None]
-            points = (np.array(line[:-1]) * (1 - fine) + np.array(line[1:]) * fine).reshape(-1, 1, 2)
-            inside = ((points > rectangles[:, :2] + 1e-6) & (points < rectangles[:, 2:] - 1e-6)).all(axis=2)
-            assert not inside.any(), g
-
-
 def test_lines_join_what_the_genotype_says():
-    """Following every line from its source arrives at the operations that sample it."""
+    """Each operation's line has the colour of its source, and a dot on the wire of its source alone."""
     for g in cells():
-        boxes, edges = figures.cell_layout(g)
-        assert [box[4] for box in boxes[:5]] == ["input" if k in g.inputs() else "unused" for k in range(5)]
-        middles = [(x0 + x1) / 2 for x0, _, x1, *_ in boxes]
-        starts = {k: [(middles[k], boxes[k][3])] for k in range(5)}       # where a source's line can go on
-        operands = {}                     # rounded (x, y) of an operation's top -> (node, 0 or 1)
-        for x, (_, y0, _, y1, kind, words) in zip(middles, boxes):
-            if kind == "agg":
-                node = 5 + int(words[1].removeprefix("node"))
-                starts[node] = [(x, y1)]
-                for slot, port in enumerate((x - figures.APART, x + figures.APART)):
-                    operands[round(port), round(y0 - 20 - figures.OP[1])] = node, slot
-        arrivals, lanes = [], []                          # lanes: where they end, one row further down
-        gutters = [edge for edge in edges if len(edge[1]) > 2]            # not from operation to aggregation
-        for source, line, arrow in sorted(gutters, key=lambda edge: edge[1][0][1]):
-            assert min(math.dist(line[0], start) for start in starts[source]) < 1e-6
-            if arrow:
-                arrivals.append((operands.get((round(line[-1][0]), round(line[-1][1])), "output"), source))
-            else:
-                starts[source].append(line[-1])
-                lanes.append(line[-1])
-                further = [points[0] for other, points, _ in gutters if other == source]
-                assert min(math.dist(start, line[-1]) for start in further) < 1e-6
-        assert all(a[1] != b[1] or abs(a[0] - b[0]) > 20 for a, b in itertools.combinations(lanes, 2))
-        expected = [((5 + k, slot), loc) for k, layer in enumerate(g) for slot, loc in enumerate(layer[:2])]
-        assert sorted(map(str, arrivals)) == sorted(map(str, expected + [("output", k) for k in g.output()]))
+        image = figures.cell(g, "cell").finished()
+        end = figures.wire(5 + len(g))                    # the operations begin right of it
+        for k, layer in enumerate(g):
+            for source, y in (layer.loc1, 160 + 108 * k), (layer.loc2, 204 + 108 * k):
+                colour = figures.SOURCES[source] if source < 5 else charts.INK
+                assert {image.getpixel((x, y)) for x in (end - 4, end - 1)} == {colour}, g
+                for other in range(5 + k):                # beside a wire, and above the line
+                    corner = image.getpixel((int(figures.wire(other)) + 2, y - 3))
+                    assert (corner == colour) == (other == source), (g, k, other)
+            # From the aggregation to the right, for the output, or down, for the layers below.
+            right = image.getpixel((end + 308, 182 + 108 * k)) == charts.INK
+            down = image.getpixel((end + 230, 226 + 108 * k)) == charts.INK
+            assert right == (5 + k in g.output()) and down == (not right)
 
 
-def test_a_cell_is_drawn_with_its_colours():
+def test_a_cell_is_drawn_with_its_colours_and_words_in_their_boxes():
     image = figures.cell(FIRST, "cell-0").finished()
     colours = {colour for _, colour in image.getcolors(1 << 20)}
     assert {figures.SOURCES[1], figures.SOURCES[2]} <= colours            # dec_prev and layer2
     assert not {figures.SOURCES[k] for k in (0, 3, 4)} & colours          # the unused ones are grey
+    assert max(map(charts.text_width, [*OPERATIONS, *AGGREGATIONS])) < 112
+    assert max(charts.text_width(name, 14) for name in ("previous frame", "current frame")) < 102
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Table 5, Fig. 5, label maps
+# Tables 3 and 4, Fig. 5
 
 def test_the_table_has_a_ring_per_seed_and_a_bar_at_the_mean(tmp_path):
     """Read off the picture: ticks are at 50, 52, ..., 70 % (540 pixels)."""
@@ -396,84 +325,15 @@ def test_the_table_has_a_ring_per_seed_and_a_bar_at_the_mean(tmp_path):
 def test_examples_show_the_maps():
     saved = example()
     image, palette = figures.examples(saved).finished(), [tuple(colour) for colour in saved["palette"]]
+    start = image.width - 4 * 264 - 12
     for row in range(2):
         for y, x in ((5, 64), (40, 10), (60, 100), (90, 64)):
-            left, top = 20 + 2 * x, 50 + row * (192 + 40) + 2 * y         # 128 x 96 frames, twice as large
+            left, top = start + 2 * x, 50 + row * (192 + 24) + 2 * y      # 128 x 96 frames, twice as large
             label, truth = int(saved["labels"][row, y, x]), image.getpixel((left + 264, top))
             assert image.getpixel((left, top)) == tuple(saved["images"][row, y, x].tolist())
             assert truth == palette[label] if label != 255 else min(truth) >= 160
             assert image.getpixel((left + 2 * 264, top)) == palette[1]
             assert image.getpixel((left + 3 * 264, top)) == palette[int(saved["cell"][row, y, x])]
-    for key in ("images", "labels", "baseline", "cell"):                  # large frames shrink
+    for key in ("images", "labels", "baseline", "cell"):                  # large frames are reduced
         saved[key] = saved[key].repeat_interleave(5, dim=1).repeat_interleave(5, dim=2)
-    assert figures.examples(saved).width == 4 * 320 + 3 * 8 + 40
-
-
-def test_what_is_ignored_looks_like_no_class():
-    """White with grey stripes: not black, which CamVid's pedestrians, (64, 64, 0), are close to."""
-    pixels = charts.shown(np.full((64, 64), 255, np.uint8), data.CamVid.palette)
-    assert {tuple(colour) for colour in pixels.reshape(-1, 3).tolist()} == {(255, 255, 255), (160, 160, 160)}
-    labels = np.arange(11, dtype=np.uint8)[None]
-    assert (charts.shown(labels, data.CamVid.palette) == data.CamVid.palette).all()
-
-
-LABELS = np.array([[0, 1], [2, 255]], np.uint8)
-PALETTE = np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
-
-
-def test_colourise_and_overlay_by_hand():
-    expected = [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [0, 0, 0]]]
-    for labels, palette in ((LABELS, PALETTE), (torch.from_numpy(LABELS), PALETTE.tolist())):
-        colours = charts.colourise(labels, palette)
-        assert colours.dtype == np.uint8 and colours.tolist() == expected
-    image = np.full((2, 2, 3), 100, np.uint8)
-    expected = [[[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
-    assert charts.overlay(image, LABELS, PALETTE).tolist() == expected
-    assert charts.overlay(image, LABELS, PALETTE, alpha=0).tolist() == image.tolist()
-    assert (image == 100).all()
-
-
-def test_indexed_png_round_trip(tmp_path):
-    labels = np.random.default_rng(0).choice([0, 1, 2, 255], (37, 53)).astype(np.uint8)
-    for values, kind in ((labels, np.uint8), (labels.T, np.int64)):       # and not contiguous
-        charts.save_indexed(str(tmp_path / "a.png"), values.astype(kind), PALETTE)
-        image = Image.open(tmp_path / "a.png")
-        assert image.mode == "P" and (np.array(image) == values).all()
-        assert (np.array(image.convert("RGB")) == charts.colourise(values, PALETTE)).all()
-        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-        assert (label_maps.read_label(tmp_path / "a.png", np.arange(256)) == values).all()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The contact sheet of python data.py
-
-class Videos:
-    """Clips of any length, for which pixels are (clip, frame, 0) and the label is the frame's number."""
-    classes, palette = ["zero", "one", "two"], [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-
-    def __init__(self, *lengths):
-        self.clips = []
-        for c, length in enumerate(lengths):
-            self.clips.append([data.Frame(f"clip{c}_{t:03d}.png", None) for t in range(length)])
-
-    def read(self, frame):
-        clip, time = int(frame.image[4]), int(frame.image[6:9])
-        image = np.zeros((96, 128, 3), np.uint8) + np.array([10 * clip, time, 0], np.uint8)
-        return image, np.full((96, 128), min(time, 2), np.uint8)
-
-
-def test_contact_sheet_shows_frames_over_each_clip_and_their_labels():
-    canvas = charts.contact_sheet({"train": Videos(9, 2, 1, 5), "val": Videos(3)})       # three a split
-    image = canvas.finished()
-    for row, times in enumerate(([0, 2, 4, 6, 8], [0, 1], [0], [0, 1, 2])):
-        for column in range(5):
-            x, y = 180 + 264 * column + 128, 20 + row * (2 * 192 + 24) + 96
-            at, below = image.getpixel((x, y)), image.getpixel((x, y + 192))
-            if column < len(times):
-                clip = row if row < 3 else 0
-                assert at == (10 * clip, times[column], 0)
-                assert below == Videos.palette[min(times[column], 2)]
-            else:
-                assert at == below == (255, 255, 255)
-    legend = image.crop((0, image.height - 60, image.width, image.height))
-    assert {*Videos.palette, (160, 160, 160)} <= {colour for _, colour in legend.getcolors(1 << 24)}
+    assert figures.examples(saved).width == start + 4 * 328 + 12

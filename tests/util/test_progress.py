@@ -1,0 +1,52 @@
+"""The line of progress, on a terminal and elsewhere; the clock is a list of times."""
+import io
+import sys
+
+import pytest
+
+from util import progress
+from util.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def printed(monkeypatch, stdout, times, *done, total=10, **more):
+    clock = iter(times)
+    monkeypatch.setattr(progress.time, "time", lambda: next(clock))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    line = Progress("search", total, **more)
+    for k in done:
+        line.update(k, loss=0.25)
+    monkeypatch.undo()
+    return stdout and stdout.getvalue()
+
+
+def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
+    text = printed(monkeypatch, io.StringIO(), (0, 2, 7, 42, 50), 1, 2, 5, 10)
+    assert text.splitlines() == [                         # the second comes 5 seconds after the first
+        "search 1/10  loss 0.25  18 s left",              # 9 steps of 2 s
+        "search 5/10  loss 0.25  50 s left",              # 5 steps of 40 s / 4: the first step is left out
+        "search 10/10  loss 0.25"]
+    monkeypatch.setattr(Progress, "stage", "[2/4] ")
+    monkeypatch.setattr(Progress, "after", 3600.0)
+    text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2, unit=" kB")
+    assert text == "\r\033[K[2/4] search 7/1,000 kB  loss 0.25  17 min left, 77 min with all later st"
+    assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
+
+
+def test_any_stdout_will_do(monkeypatch):
+    class Bare:                                           # write alone
+        def __init__(self):
+            self.getvalue, self.write = (lambda: "".join(self.parts)), (lambda text: self.parts.append(text))
+            self.parts = []
+
+    assert printed(monkeypatch, None, (0, 1), 1) is None
+    assert printed(monkeypatch, Bare(), (0, 1), 1) == "search 1/10  loss 0.25  9 s left\n"
+
+
+@pytest.mark.parametrize("seconds, text", [(99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")])
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text
