@@ -174,7 +174,9 @@ class Epoch:
         for k, batch in enumerate(shuffled):
             self.step = first + k
             yield batch[rank::world], (first + k) / total
-            if k % 10 == 9 or first + k + 1 == total:             # reading the loss makes a GPU wait
+            # Reading the loss makes a GPU wait, so it is read at the first of ten steps; the first sign of
+            # life comes with the first step.
+            if k % 10 == 0 or self.run.device.type == "cpu" or first + k + 1 == total:
                 loss = check_finite(self.losses[-1:], self.name)[0] if self.losses else math.nan
                 self.run.progress.update(first + k + 1, epoch=self.index + 1, loss=loss)
 

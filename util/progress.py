@@ -31,9 +31,8 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in figures.items()]
         if done < self.total:
             left = pace * (self.total - done)
-            parts.append(f"{duration(left)} left")
-            if self.after is not None:
-                parts[-1] += f", {duration(left + self.after)} with all later stages"
+            rest = "" if self.after is None else f", {duration(left + self.after)} of all stages"
+            parts.append(f"{duration(left)} left{rest}")
         self.say("  ".join(parts), end="" if self.tty and done != self.total else "\n")
 
     def show(self, done, total):

@@ -177,7 +177,7 @@ def test_each_candidate_is_a_mark_where_the_log_says():
         (plot,) = canvas.plots
         assert [pixel(canvas, plot, k, 0.5) for k in range(len(ppo))] == len(ppo) * [charts.BLUE]
         assert [pixel(canvas, plot, k, 0.2 + 0.1 * k) for k in range(2)] == 2 * [charts.VERMILLION]
-        assert pixel(canvas, plot, 2, 0.4) == (255, 255, 255)
+        assert min(pixel(canvas, plot, 2, 0.4)) > 200                     # hollow
 
 
 @pytest.mark.parametrize("count", [20, 300, 1000])
@@ -243,16 +243,16 @@ def test_losses_are_per_frame(tmp_path):
     (_, canvas), _ = figures.draw_finetune(tmp_path)
     alone, whole = canvas.plots
     (_, first), (_, second) = charts.STYLES[:2]
-    for k, epoch in enumerate((1.02, 2, 3, 3.98)):
-        assert pixel(canvas, alone, epoch, 1 / round(epoch)) == second, epoch
+    for epoch, loss in (1.1, 0.95), (2, 1 / 2), (3, 1 / 3):
+        assert np.abs(np.subtract(pixel(canvas, alone, epoch, loss), second)).max() < 40, epoch
     assert pixel(canvas, whole, 1, 2 / 3) in (first, second)
 
 
 def test_names_stand_beside_the_ends_of_their_lines_in_their_order():
     """Twelve lines end at one point, others far from it: the names don't overlap and stay at the plot."""
     for ends in ([0.0] * 12, [1.0] * 12, [1.0, 0.5, *[0.0] * 10], [k % 3 for k in range(24)]):
-        lines = {str(k): [(0, 0.5), (9, end)] for k, end in enumerate([*ends, math.nan])}
-        canvas, places = figures.panels("title", "", "x", {"y": lines, "empty": {"a": []}}), []
+        lines = {str(k): [(0, end / 2), (9, end)] for k, end in enumerate([*ends, math.nan])}
+        canvas = figures.panels("title", "", "x", {"y": lines, "empty": {"a": []}})
         (plot,) = canvas.plots                            # the empty one is left out
         pixels = np.array(canvas.finished(), int)[:, 778:798]             # the samples of the lines
         rows = np.flatnonzero((pixels.max(2) - pixels.min(2) > 60).any(1) | (pixels.max(2) < 60).any(1))

@@ -15,12 +15,12 @@ class Terminal(io.StringIO):
 
 def printed(monkeypatch, stdout, times, *done, total=10, **more):
     clock = iter(times)
-    monkeypatch.setattr(progress.time, "time", lambda: next(clock))
-    monkeypatch.setattr(sys, "stdout", stdout)
-    line = Progress("search", total, **more)
-    for k in done:
-        line.update(k, loss=0.25)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.time, "time", lambda: next(clock))
+        patch.setattr(sys, "stdout", stdout)
+        line = Progress("search", total, **more)
+        for k in done:
+            line.update(k, loss=0.25)
     return stdout and stdout.getvalue()
 
 
@@ -30,10 +30,11 @@ def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
         "search 1/10  loss 0.25  18 s left",              # 9 steps of 2 s
         "search 5/10  loss 0.25  50 s left",              # 5 steps of 40 s / 4: the first step is left out
         "search 10/10  loss 0.25"]
+    monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(Progress, "stage", "[2/4] ")
     monkeypatch.setattr(Progress, "after", 3600.0)
     text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2, unit=" kB")
-    assert text == "\r\033[K[2/4] search 7/1,000 kB  loss 0.25  17 min left, 77 min with all later st"
+    assert text == "\r\033[K[2/4] search 7/1,000 kB  loss 0.25  17 min left, 77 min of"          # 60 columns
     assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
 
 
