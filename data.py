@@ -607,6 +607,7 @@ def main(arguments=None):
     parser.add_argument("--output", default="contact-sheet.png",
                         help="file of the sheet (default: %(default)s); overwrites only an earlier sheet")
     args = parser.parse_args(arguments)
+    args.data = args.data and os.path.expanduser(args.data)       # the shell leaves --data=~/camvid as it is
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     charts.check_output(args.output)
     fetch(kind, root, args.data is not None)
@@ -643,7 +644,8 @@ def describe(split, dataset):
     print(f"  the previous frame's labels as the prediction: mIoU {100 * scores.miou:.1f} %")
     for name, count, iou in zip(dataset.classes, counts, scores.iou):
         share = count / counts[:IGNORE].sum()
-        print(f"    {name:15} {100 * share:5.1f} % of the pixels, IoU {100 * iou:3.0f} %")
+        score = "IoU not measured" if math.isnan(iou) else f"IoU {100 * iou:3.0f} %"
+        print(f"    {name:15} " + (f"{100 * share:5.1f} % of the pixels, {score}" if count else "never occurs"))
 
 
 if __name__ == "__main__":

@@ -482,7 +482,9 @@ def test_what_the_labels_of_the_frame_before_are_worth(camvid, capsys):
     script(camvid, camvid / "a.png")
     # Of four pairs one has 46 pixels and no change, one 46 and four changes (0 said, 1 true), two 48, none.
     zero, one = (23 + 19 + 48) / (23 + 23 + 48), (23 + 23 + 48) / (23 + 27 + 48)
-    assert capsys.readouterr().out.count(f"as the prediction: mIoU {100 * (zero + one) / 2:.1f} %") == 3
+    said = capsys.readouterr().out
+    assert said.count(f"as the prediction: mIoU {100 * (zero + one) / 2:.1f} %") == 3
+    assert said.count("never occurs") == 3 * 9 and "nan" not in said
 
 
 def test_the_contact_sheet_replaces_itself_and_nothing_else(camvid, tmp_path, capsys):
