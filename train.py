@@ -93,7 +93,6 @@ class Recipe:
     early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
     early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1: as done in [18]; [ours]: average, if "
                                  "below it", choices=("as-in-18", "average"))
-    early_stop_decay: float = field("search", 0.9, "[ours]: decay of that average", below=1)
     latency_weight: float = field("search", 0.0, "[ours], Sect. 1: W of reward * (time / target) ** -W", 0)
     latency_target: float = field("search", 0.0, "[ours]: that target, ms a frame; 0: the decoder's time", 0)
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
@@ -107,8 +106,6 @@ class Recipe:
     # Sect. 4.2: the cell alone, on the frozen static network
     cell_epochs: int = field("alone", 10, "Sect. 4.2: epochs of the cell alone")
     cell_batch: int = field("alone", 16, "Sect. 4.2: sequences a batch, cell alone and end to end", 2)
-    cell_mirrored: bool = field("alone", False, "[ours]: also on mirror images (twice the memory)")
-    cell_dropout: float = field("alone", 0.0, "[ours]: share of the stored channels zeroed", 0, below=1)
 
     # Sect. 4.2: cell and static network, end to end
     end_epochs: int = field("end", 100, "Sect. 4.2: epochs end to end; 0: the static network stays", 0)
@@ -249,27 +246,21 @@ def pretrain(run):
 # ---- Sect. 4.1: "we pre-compute all required outputs from the pre-trained static network" -----------------
 
 @torch.no_grad()
-def static_outputs(run, static, windows, transformed=True, mirrored=False):
+def static_outputs(run, static, windows, transformed=True):
     """The frozen static network's outputs for the frames of `windows`, (N, T) frame numbers, and the frames'
     labels: so a cell's training never runs the encoder.
 
     transformed=False: the frames as they are, for meta-val ("No transformations are applied to the validation
-    sequences"). mirrored [ours]: also of their mirror images; that of frame k has the number `count` + k."""
-    r, frames = run.recipe, run.frames("train")
-    count, numbers = len(frames.list), windows.unique()           # (n,)
-    if mirrored:
-        numbers = torch.cat([numbers, numbers + count])           # (2n,)
-    cache = FeatureCache(numbers, 2 * count, crop=r.input_crop if transformed else None)
+    sequences")."""
+    r, frames, numbers = run.recipe, run.frames("train"), windows.unique()        # (n,)
+    cache = FeatureCache(numbers, len(frames.list), crop=r.input_crop if transformed else None)
     progress, done = Progress("static outputs", len(numbers)), 0
     for part in numbers.split(8):
-        images, labels = frames[part % count]                     # (N, H, W, 3), (N, H, W)
+        images, labels = frames[part]                             # (N, H, W, 3), (N, H, W)
         images = data.normalise(images)                           # (N, 3, H, W)
         if transformed:                                           # CityScapes is resized, CamVid is padded
             images, labels = data.resize_longer_side(images, labels, r.input_longer_side)
             images, labels = data.pad(images, labels, r.input_pad)
-        flip = (part >= count).to(images.device)[:, None, None]   # (N, 1, 1)
-        images = torch.where(flip[..., None], images.flip(-1), images)
-        labels = torch.where(flip, labels.flip(-1), labels)
         with run.autocast():
             features = static.encode(images.contiguous(memory_format=torch.channels_last))
             dec, _ = static.decode(features)
@@ -306,10 +297,9 @@ class FeatureCache:
                     memory_format=torch.contiguous_format if label else torch.channels_last)
             self.maps[name][rows[0]:rows[-1] + 1] = x
 
-    def pick(self, window, rng=None, dropout=0.0):
+    def pick(self, window, rng=None):
         """window (B, T) -> a batch of sequences: a function (name, t) -> that map of frame t, (B, C, h, w);
-        "labels": (B, H, W). Larger frames are cropped, each sequence at a place of its own.
-        dropout [ours]: the share of the channels that is zeroed."""
+        "labels": (B, H, W). Larger frames are cropped, each sequence at a place of its own."""
         rows = self.row[window].to(self.maps["labels"].device)    # (B, T)
         if rows.min() < 0:
             raise ValueError("a frame of these sequences is not stored")
@@ -328,9 +318,7 @@ class FeatureCache:
             for axis, offsets in places.items():
                 step, size = 32 // stride, math.ceil(self.crop / stride)
                 x = torch.stack([one.narrow(axis, step * k, size) for one, k in zip(x, offsets)])
-            if name == "labels":
-                return x
-            return F.dropout2d(x.contiguous(memory_format=torch.channels_last), dropout)
+            return x if name == "labels" else x.contiguous(memory_format=torch.channels_last)
 
         return sequences
 
@@ -373,14 +361,15 @@ def score(run, cell, stored, windows):
     """Sect. 3.3: the reward is the geometric mean of mIoU, frequency-weighted IoU and mean class accuracy,
     of every frame after the first, at the labels' resolution."""
     cell.eval()
-    confusion = Confusion(run.num_classes)
-    for window in windows.split(run.recipe.search_batch):
+    confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
+    at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory
+    for window in windows.split(at_once):
         sequences = stored.pick(window)
         with run.autocast():
             logits = unroll(cell, sequences, run.recipe.sequence_length)
         for t, pred in enumerate(logits, start=1):
             labels = sequences("labels", t)                       # (B, H, W)
-            pred = F.interpolate(pred.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+            pred = resize(pred.float(), labels.shape[-2:])        # (B, C, H, W)
             confusion.update(pred.argmax(1), labels)
     cell.train()
     _, miou, fwiou, macc, reward = confusion.scores()
@@ -391,7 +380,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log.
 
     meta_train, meta_val: stored outputs and windows (N, T). A candidate that is stopped half way (Sect.
-    3.3) has its half-way score as its reward."""
+    4.1) has its half-way score as its reward."""
     r, (stored, windows) = run.recipe, meta_train
     cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
     entry["parameters"] = parameters(cell)
@@ -439,7 +428,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
               r.controller_epochs, r.controller_entropy, replay=r.controller_replay, seed=r.seed)
-    early_stop, figures = EarlyStop(r.early_stop_rule, r.early_stop_decay), {}
+    early_stop, figures = EarlyStop(r.early_stop_rule, decay=0.9), {}
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, r.controller_rollout):
         rng = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
@@ -479,7 +468,7 @@ def finetune(run):
     if alone:
         static = run.load("static").static
         windows = run.frames("train").windows(run.recipe.sequence_length)         # (N, T)
-        stored = static_outputs(run, static, windows, mirrored=run.recipe.cell_mirrored)
+        stored = static_outputs(run, static, windows)
         for network in alone:
             finetune_cell(run, network, static, stored, windows)
         del stored                                                # end to end needs the memory
@@ -490,20 +479,15 @@ def finetune(run):
 def finetune_cell(run, network, static, stored, windows):
     """First the cell alone, by Adam, on the frozen static network's stored outputs, like a candidate.
 
-    [ours] So there is no augmentation but the mirror images, if they are stored, and on CityScapes the images
-    are the search's. The encoder has fitted the training images' features to their labels; with dropout on
-    them the cell trusts them less."""
-    r, count = run.recipe, len(run.frames("train").list)
+    [ours] So there is no augmentation, and on CityScapes the images are the search's."""
+    r = run.recipe
     print(f"{network.name}: {network.genotype}")
     cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
     optimizer = adam(cell, r.cell_lr, r.weight_decay)
     for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer], network):
         cell.train()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
-            window = windows[batch]                               # (B, T)
-            if r.cell_mirrored:                                   # half of the sequences, at random
-                window = window + count * torch.randint(2, (len(window), 1), generator=epoch.rng)
-            loss = cell_loss(run, cell, stored.pick(window, epoch.rng, r.cell_dropout))
+            loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
             update(loss, [optimizer], poly(done, r.poly_power), run.world)
             epoch.log(loss)
 
@@ -512,7 +496,8 @@ def finetune_end_to_end(run, network):
     """Then both: the cell by Adam at half its rate, the static network by SGD.
 
     [ours] Every frame's loss counts, the key frame's too: else nothing would hold the static classifier to a
-    decoder that changes. The static network's batch norms keep their statistics."""
+    decoder that changes. CityScapes' key frames have no label; there the static network's own prediction of
+    the last frame counts instead. The static network's batch norms keep their statistics."""
     r, frames = run.recipe, run.frames("train")
     windows = frames.windows(r.sequence_length)                   # (N, T)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
@@ -528,9 +513,11 @@ def finetune_end_to_end(run, network):
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             images, labels = frames[windows[batch]]               # (B, T, H, W, 3), (B, T, H, W)
             images, labels = data.augment(images, labels, r.end_crop, r.end_scale, r.end_mirrored, epoch.rng)
+            labelled = bool((labels[:, 0] != data.IGNORE).any())
             with run.autocast():
-                logits = video(images)                            # (B, T, 3, h, w) -> (B, T, C, h/8, w/8)
-            loss = 0
+                logits = video(images)                            # (B, T, 3, H, W) -> (B, T, C, h, w)
+                static = None if labelled or video.cell is None else video.static(images[:, -1])
+            loss = 0 if static is None else cross_entropy(static, labels[:, -1], r.loss_stride)
             for t in range(r.sequence_length):
                 loss = loss + cross_entropy(logits[:, t], labels[:, t], r.loss_stride)
             update(loss, optimizers, poly(done, r.poly_power), run.world)
@@ -541,14 +528,16 @@ def finetune_end_to_end(run, network):
 
 def segment_clips(run, video, split, key_frame_every=0):
     """Yields (frame number, label map (H, W), label (H, W)) of every frame of a split, in float32. The static
-    network on the first frame of a clip and on every key frame, the cell on all others."""
+    network on key frames: the first of a clip, the first after a long gap, and every key_frame_every-th (0:
+    no other). The cell on the rest."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
     progress = Progress(f"frames of {split}", len(frames.list))
     for clip in frames.clips():
-        state = None
-        for t, k in enumerate(clip):
-            if key_frame_every and t % key_frame_every == 0:
-                state = None
+        gap_before, since = [True, *data.long_gaps([frames.list[k] for k in clip])], 0
+        for k, gap in zip(clip, gap_before):
+            if gap or key_frame_every and since % key_frame_every == 0:
+                state, since = None, 0
+            since += 1
             if video.cell is None and frames.list[k].label is None:
                 continue                                          # nothing depends on it
             image, label = frames[k]                              # (H, W, 3), (H, W)
@@ -576,7 +565,7 @@ def evaluate_video(run, video, split, key_frame_every=0):
 def evaluate(run):
     """Tables 3 to 5: every network on val and on the split that is reported (test; CityScapes: val)."""
     rows = table.Table(run)
-    for network, intervals in rows.missing():                    # what no evaluation has scored before
+    for network, intervals in rows.missing():                     # what no evaluation has scored before
         video = run.load(network.name)
         costs = table.frame_costs(run, video)
         for every in intervals:

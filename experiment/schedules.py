@@ -25,7 +25,7 @@ SHORT = dict(
     early_stop_rule="average", controller_lr=3e-3, controller_rollout=4, controller_replay=0,
     controller_epochs=4, controller_entropy=1e-3,
     cells=1, cell=("attention", "decoder"),
-    cell_epochs=24, cell_mirrored=True, cell_dropout=0.4, cell_batch=8,
+    cell_epochs=24, cell_batch=8,
     end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
 
 # smoke: only to see that everything runs.
@@ -34,7 +34,7 @@ SMOKE = dict(
     static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0,
     input_pad=0, cell_layers=2, search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2,
     early_stop_rule="average",
-    cell_epochs=1, cell_dropout=0.1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
+    cell_epochs=1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 
 # The demo, python train.py. Its frames have 96x128 pixels; to be done in four minutes it trains on crops.
 # Mirror images would turn its camera the other way.

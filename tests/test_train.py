@@ -219,20 +219,16 @@ def test_a_search_scores_on_the_frames_as_they_are(run, monkeypatch):
 
 
 def test_stored_outputs_are_what_the_static_network_says(run, untrained):
-    """Also of frames that would be padded, for meta-val; and mirror images, after all others."""
+    """Also of frames that would be padded, for meta-val."""
     static, (stored, _), _ = untrained
     run.recipe.input_pad, window = 56, torch.tensor([[6, 7]])
     images, labels = run.frames("train")[window]
     images = data.normalise(images)[0]
-    both = static_outputs(run, static, window, transformed=False, mirrored=True)
-    for sequences in (stored.pick(window), both.pick(window)):
+    untouched = static_outputs(run, static, window, transformed=False)
+    for sequences in (stored.pick(window), untouched.pick(window)):
         for name, x in say(run, static, images).items():
             assert close(sequences(name, 1), x[1:]) and not close(sequences(name, 0), x[1:])
         assert torch.equal(sequences("labels", 1), labels[:, 1])
-    mirrored = both.pick(len(run.frames("train").list) + window)
-    assert torch.equal(mirrored("labels", 0), labels[:, 0].flip(-1))
-    for name, x in say(run, static, images.flip(-1)).items():
-        assert close(mirrored(name, 0), x[:1])
 
 
 def test_stored_outputs_are_unrolled_as_a_video_is(run, untrained):
@@ -325,16 +321,6 @@ def test_a_sequence_of_large_frames_is_cropped_at_a_random_place_its_own(height,
     assert len(set(places[:5])) > 1                                       # within a batch, too
     for side, found in zip((height, width), zip(*places)):
         assert set(found) == set(range(0, side - crop + 1, 32))
-
-
-def test_dropout_zeroes_whole_channels_of_features_and_never_labels():
-    torch.manual_seed(0)
-    cache = FeatureCache(WINDOWS.unique(), 20, None)
-    cache.put(cache.numbers, dec=torch.ones(9, 64, 2, 3), labels=torch.ones(9, 16, 24, dtype=torch.uint8))
-    x = cache.pick(WINDOWS, dropout=0.25)("dec", 1)
-    gone = (x == 0).all((2, 3))
-    assert ((x == 1 / 0.75).all((2, 3)) | gone).all() and 0.15 < gone.float().mean() < 0.35
-    assert (cache.pick(WINDOWS, dropout=0.25)("labels", 1) == 1).all()
 
 
 # ---- Sect. 3.3: a candidate

@@ -54,10 +54,10 @@ def test_every_field_is_a_flag_with_a_stage_and_a_source(capsys):
 
 def test_flags_take_values_of_their_fields_kind():
     line = ("--static-crop 48 64 --static-scale 0.5 1 --cell attention decoder --key-frames 0 3 5 "
-            "--cell-lr 1e-3 --no-early-stop --cell-mirrored --seeds 3")
+            "--cell-lr 1e-3 --no-early-stop --seeds 3")
     assert parse(*line.split()).recipe == recipe_for(
         "synthetic", "short", static_crop=(48, 64), static_scale=(0.5, 1.0), cell=("attention", "decoder"),
-        key_frames=(0, 3, 5), cell_lr=1e-3, early_stop=False, cell_mirrored=True, seeds=3)
+        key_frames=(0, 3, 5), cell_lr=1e-3, early_stop=False, seeds=3)
 
 
 def test_the_recipe_shown_is_the_one_that_would_be_used(capsys):
