@@ -645,7 +645,8 @@ def describe(split, dataset):
     for name, count, iou in zip(dataset.classes, counts, scores.iou):
         share = count / counts[:IGNORE].sum()
         score = "IoU not measured" if math.isnan(iou) else f"IoU {100 * iou:3.0f} %"
-        print(f"    {name:15} " + (f"{100 * share:5.1f} % of the pixels, {score}" if count else "never occurs"))
+        said = f"{100 * share:5.1f} % of the pixels, {score}" if count else "never occurs"
+        print(f"    {name:15} {said}")
 
 
 if __name__ == "__main__":

@@ -502,12 +502,12 @@ def test_the_contact_sheet_replaces_itself_and_nothing_else(camvid, tmp_path, ca
     write(tmp_path / "picture.png", np.zeros((6, 8, 3), np.uint8))
     for name in (*others, "picture.png"):
         content = (tmp_path / name).read_bytes()
-        with pytest.raises(InputError, match=f"{name}: exists already"):
+        with pytest.raises(InputError, match=f"{name}: exists"):
             script(camvid, tmp_path / name)
         assert (tmp_path / name).read_bytes() == content
-    with pytest.raises(InputError, match="must end in .png"):
+    with pytest.raises(InputError, match="sheet.jpg: must be a .png"):
         script(camvid, tmp_path / "sheet.jpg")
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(InputError, match="sheet.png: must be .* in a folder that exists"):
         script(camvid, tmp_path / "nowhere" / "sheet.png")
 
 
