@@ -619,7 +619,7 @@ def test_a_bad_file_is_named(camvid, tmp_path_factory, capsys, fault):
 def test_a_bad_file_is_named_before_the_training(camvid, tmp_path, capsys, fault, said):
     fault(camvid)
     arguments = ["--dataset", "camvid", "--data", str(camvid), "--schedule", "smoke"]
-    arguments += ["--run", str(tmp_path / "run")]
+    arguments += ["--run", str(tmp_path / "run"), "--encoder-weights", "none"]
     with pytest.raises(SystemExit) as stop:
         data.run_main(lambda: train.main(arguments))
     lines = capsys.readouterr().err.splitlines()
@@ -644,7 +644,8 @@ def test_all_problems_of_all_splits_and_kinds_are_listed(camvid, tmp_path, monke
     for line, said in zip(lines[1:], expected):
         assert said in line
     with pytest.raises(InputError) as error:
-        train.main(["--dataset", "camvid", "--data", str(camvid), "--run", str(tmp_path / "run")])
+        train.main(["--dataset", "camvid", "--data", str(camvid), "--run", str(tmp_path / "run"),
+                    "--encoder-weights", "none"])
     assert not (tmp_path / "run").exists()
     assert len(error.value.args) == 11 and "label value 77" in error.value.args[10]
     assert not (tmp_path / "contact-sheet.png").exists()
