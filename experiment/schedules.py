@@ -8,6 +8,7 @@ import time
 
 import torch
 
+import data
 from dyncell import STATICS
 from experiment.networks import strategies
 from util.errors import InputError
@@ -16,17 +17,18 @@ from util.progress import duration
 
 NAMES = "paper", "short", "smoke"
 
-# short: the controller's rate is higher here, as the paper's needs its 1000 samples (docs/ppo.md).
+# short: two hours on two cores, 8 GB. Its pre-training is what the ladder of docs/results.md chose. The
+# controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
-    auxiliary_cell=False,
-    static_epochs=60, static_batch=8, static_crop=(360, 480), static_scale=(0.7, 1.4),
-    static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
-    input_pad=0, search_strategy="both", search_candidates=24, search_epochs=2, search_batch=16,
+    auxiliary_cell=False, gradient_norm=0, loss_stride=2,
+    static_epochs=40, static_batch=8, static_crop=(384, 480), static_scale_least=1.0,
+    static_optimizer="adamw", static_lr_encoder=2e-4, static_lr_decoder=8e-4, static_weight_decay=1e-2,
+    static_rate="cosine", static_average=0.99, validate_every=10,
+    input_pad=0, search_strategy="both", search_candidates=16, search_epochs=2, search_batch=16,
     early_stop_rule="average", controller_lr=3e-3, controller_rollout=4, controller_replay=0,
     controller_epochs=4, controller_entropy=1e-3,
-    cells=1, cell=("attention", "decoder"),
-    cell_epochs=24, cell_batch=8,
-    end_epochs=3, end_lr_cell=1e-3, end_crop=(360, 480))
+    cells=1, cell=("attention",), cell_epochs=8, cell_batch=8,
+    end_epochs=3, end_lr_cell=1e-3, end_crop=(240, 320), key_frames=(0, 3))
 
 # smoke: only to see that everything runs.
 SMOKE = dict(
@@ -114,6 +116,10 @@ def announce(run, command, recipe_for):
         threads += f" in each of {run.world} processes"
     print(f"{run.folder}: {dataset}, schedule {command.schedule}, on {run.device}, {threads}: about "
           f"{duration(sum(run.expected.values()))} for {' '.join(run.expected)}")
+    size = run.frame_size()
+    if dataset not in ("camvid", "cityscapes", "synthetic") and size != data.CamVid.SIZE:
+        print(f"{dataset}: its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x "
+              "360; set --static-crop, --end-crop and --input-pad to match")
     if command.schedule in ("paper", "short") and dataset != "synthetic":
         other = "short" if command.schedule == "paper" else "paper"
         pixels = pixels_of(recipe_for(dataset, other), run)

@@ -49,6 +49,8 @@ class Progress:
 
 
 def duration(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """52 s, 80 min, 7.5 h, 12 days"""
+    for unit, length, most in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 172800)):
+        if seconds < most:
+            return f"{seconds / length:.1f} {unit}" if unit == "h" else f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
