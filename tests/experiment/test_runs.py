@@ -71,7 +71,7 @@ def train_tiny(run, stop_at=None, noise=1.0, name="tiny"):
             x = torch.nn.functional.dropout(tiny.x[batch], 0.2 * noise)   # by torch's own generator
             x = x + noise * torch.randn(x.shape, generator=epoch.rng)     # and by the epoch's
             loss = ((tiny.model(x) - tiny.y[batch]) ** 2).mean()
-            train.update(loss, tiny.optimizers, done, 0.9, run.world)
+            train.update(loss, tiny.optimizers, train.poly(done, 0.9), run.world)
             epoch.log(loss)
     losses = [entry["loss"] for entry in run.checkpoint(name)["history"]]
     return torch.cat([p.detach().flatten() for p in tiny.model.parameters()]), losses
@@ -105,12 +105,12 @@ def test_a_training_has_one_file_which_holds_optimisers_until_it_is_finished(run
     assert saved["genotype"] == GENOTYPE.to_json() and saved["past"] is False
     assert run.finished("tiny")
     assert [path.name for path in run.folder.iterdir()] == ["tiny.pt"]
-    assert not list(run.epochs("none", 0, {"static": torch.nn.Linear(4, 1)}, [])) and run.finished("none")
+    assert not list(run.epochs("none", 0, {"line": torch.nn.Linear(4, 1)}, [])) and run.finished("none")
 
 
 def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
     orders, shares = [], []
-    for epoch in run.epochs("b", 2, {"static": torch.nn.Linear(1, 1)}, []):
+    for epoch in run.epochs("b", 2, {"line": torch.nn.Linear(1, 1)}, []):
         order = []
         for batch, done in epoch.batches(7, 3):
             order += batch.tolist()
@@ -127,7 +127,7 @@ def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
 def test_a_loss_that_is_not_finite_stops_a_training_and_is_not_saved(run, value):
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match=f"x.*: the loss is {value}"):
-        for epoch in run.epochs("x", 3, {"static": model}, []):
+        for epoch in run.epochs("x", 3, {"line": model}, []):
             for batch, _ in epoch.batches(4, 2):
                 epoch.log(model.weight.sum() * (value if epoch.index == 1 else 1))
     assert len(torch.load(run.path("x.pt"), weights_only=True)["history"]) == 1
@@ -188,18 +188,13 @@ def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(r
 
 # ---- a result depends on the fields of its stage and of earlier ones, and on no other
 
-STAGES = ["ForPretrain", "ForSearch", "ForCell", "ForEndToEnd", "Recipe"]
-MADE_BY = {"static.pt": "ForPretrain", "controller.pt": "ForSearch", "search.jsonl": "ForSearch",
-           "random.jsonl": "ForSearch", "cell-0-alone.pt": "ForCell", "cell-0.pt": "ForEndToEnd",
-           "baseline.pt": "ForEndToEnd", "results.json": None}
+MADE_BY = {"static.pt": "pretrain", "controller.pt": "search", "search.jsonl": "search",
+           "random.jsonl": "search", "cell-0-alone.pt": "alone", "cell-0.pt": "end", "baseline.pt": "end",
+           "results.json": None}
 LOGS = "search.jsonl", "random.jsonl"
 
 
-def stage_of(field):
-    """The first class, in the order of the stages, that has this field."""
-    for stage in STAGES:
-        if field in {f.name for f in dataclasses.fields(getattr(train, stage))}:
-            return stage
+STAGE_OF = {field.name: field.metadata["stage"] for field in dataclasses.fields(train.Recipe)}
 
 
 def changed(recipe, name):
@@ -213,7 +208,7 @@ def changed(recipe, name):
 def refusals(smoke, tmp_path_factory):
     """A function: file of the finished run, field -> what is said when the field is changed in a folder that
     holds this file only, or None."""
-    recipe = options.as_recipe(files.load(smoke / "recipe.json"), smoke / "recipe.json", train.Recipe)
+    recipe = options.folder_of(smoke, train.Recipe)["recipe"]
     folders = {}
 
     def refusal(file, name):
@@ -236,27 +231,27 @@ def test_every_field_of_a_files_own_and_earlier_stages_is_refused_and_no_other(
     monkeypatch.setattr(runs, "load", functools.cache(files.load))
     for field in dataclasses.fields(train.Recipe):
         said = refusals(file, field.name)
-        depends = stage is not None and STAGES.index(stage_of(field.name)) <= STAGES.index(stage)
+        depends = stage is not None and runs.STAGES.index(STAGE_OF[field.name]) <= runs.STAGES.index(stage)
         if field.name in weights.FILES:                                   # compared by content, tested below
             continue
         assert (said is not None) == depends, f"{file}, {field.name}: {said}"
         if said:
-            assert file in said and f"{field.name} " in said and " there, " in said and "\n" not in said
-            assert f"--{field.name.replace('_', '-')}" in said and "use another --run" in said
+            assert file in said and " there, " in said and "\n" not in said
+            assert f"{runs.flag(field.name)} " in said and "use another --run" in said
 
 
 @pytest.mark.parametrize("stage, names", [
-    ("ForPretrain", "dataset seed static_epochs static_lr_encoder static_crop weight_decay"),
-    ("ForSearch", "sequence_length cell_layers meta_val_share search_epochs cell_lr controller_lr"),
-    ("ForCell", "cell_epochs cell_batch cell_mirrored cell_dropout"),
-    ("ForEndToEnd", "end_epochs end_lr_cell end_lr_static end_crop"),
-    ("Recipe", "search_candidates search_strategy cells cell seeds key_frames without_past")])
+    ("pretrain", "dataset seed static_epochs static_lr_encoder static_crop static_weight_decay"),
+    ("search", "sequence_length cell_layers meta_val_share search_epochs cell_lr controller_lr"),
+    ("alone", "cell_epochs cell_batch cell_mirrored cell_dropout"),
+    ("end", "end_epochs end_lr_cell end_lr_static end_crop"),
+    ("amount", "search_candidates search_strategy cells cell seeds key_frames without_past")])
 def test_the_stages_of_fields_written_out_by_hand(stage, names):
-    assert {stage_of(name) for name in names.split()} == {stage}
+    assert {STAGE_OF[name] for name in names.split()} == {stage}
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--static-epochs 7", "another recipe .*static_epochs 3 there, 7 now.*--static-epochs first"),
+    ("--static-epochs 7", "another recipe .*--static-epochs 3 there, 7 now.*another --run"),
     ("--seed 1 --momentum 0.1 --static-epochs 7 --static-batch 9 --poly-power 1 --cell-lr 1 --cell-layers 3",
      "and 1 more")])
 def test_a_changed_field_of_a_finished_stage_is_refused_before_any_work(smoke, small, flags, said):
@@ -290,8 +285,8 @@ def flags_of(fields):
 
 
 @pytest.mark.parametrize("stage, fields, kept, made", [
-    ("pretrain", "ForPretrain", [], ["static.pt"]),
-    ("search", "ForSearch", ["static.pt"], ["search.jsonl", "random.jsonl", "controller.pt"])])
+    ("pretrain", "pretrain", [], ["static.pt"]),
+    ("search", "search", ["static.pt"], ["search.jsonl", "random.jsonl", "controller.pt"])])
 def test_a_stage_makes_the_same_whatever_later_stages_are_told(
         smoke, small, tmp_path, stage, fields, kept, made):
     folder = copy_of(smoke, tmp_path, "recipe.json", *kept)
@@ -307,7 +302,7 @@ def test_a_stage_makes_the_same_whatever_later_stages_are_told(
 
 def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_path):
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
-    run = Run(folder, options.as_recipe(files.load(folder / "recipe.json"), "", train.Recipe), device="cpu")
+    run = Run(folder, options.folder_of(folder, train.Recipe)["recipe"], device="cpu")
     other = {"static": Arch2(3).state_dict(), "recipe": dataclasses.asdict(run.recipe)}
     torch.save(other, folder / "baseline.pt")
     torch.save([1, 2], folder / "list.pt")
@@ -322,21 +317,6 @@ def test_another_version_and_another_kind_of_file_are_named(smoke, small, tmp_pa
     torch.save(saved, folder / "static.pt")
     with pytest.raises(InputError, match="static.pt: made by another version.* no momentum; use another"):
         run.load("static")
-    (folder / "cell-0.partial.pt").write_bytes(b"of the version before")
-    before = content_of(folder)
-    with pytest.raises(InputError, match="cell-0.partial.pt: made by an earlier .*; use another") as error:
-        train.main(arguments_of(folder))
-    assert "\n" not in str(error.value) and content_of(folder) == before
-
-
-def test_a_finished_network_of_the_version_before_is_read(smoke, small, tmp_path):
-    """It had the same fields, and did not say from which weights and data the network was made."""
-    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
-    saved = torch.load(folder / "static.pt", weights_only=True)
-    torch.save({name: saved[name] for name in ("static", "history", "recipe")}, folder / "static.pt")
-    command = options.parse(arguments_of(folder), train.Recipe, recipe_for, train.STAGES, "")
-    with options.open_run(command) as run:
-        assert run.finished("static") and same(run.load("static").static.state_dict(), saved["static"])
 
 
 def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
@@ -344,7 +324,7 @@ def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
     folder = copy_of(smoke, tmp_path, "static.pt")
     changes = ["--cell-layers", "1", "--search-candidates", "1", "--search-strategy", "ppo"]
     train.main([*arguments_of(folder), *changes, "--stage", "search"])
-    assert json.loads((folder / "recipe.json").read_text())["cell_layers"] == 1
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["cell_layers"] == 1
     assert len(files.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
 
 
@@ -657,7 +637,7 @@ needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this tor
 
 
 def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -706,7 +686,7 @@ def two_parameters(rank):
 def average_two(run):
     used, unused, loss = two_parameters(run.rank)
     optimizer = torch.optim.SGD([used, unused], lr=1.0, weight_decay=0.1)
-    train.update(loss, [optimizer], 0.0, 1.0, run.world)
+    train.update(loss, [optimizer], 1.0, run.world)
     return used.grad.clone(), unused.grad, used.detach(), unused.detach()
 
 
@@ -738,7 +718,7 @@ def test_two_processes_share_every_batch_and_train_as_one_does(run, in_two_proce
 
 def draw(run):
     draws = []
-    for epoch in run.epochs("x", 2, {"static": torch.nn.Linear(1, 1)}, []):
+    for epoch in run.epochs("x", 2, {"line": torch.nn.Linear(1, 1)}, []):
         for batch, _ in epoch.batches(8, 4):
             draws.append((batch.tolist(), torch.rand(1, generator=epoch.rng).item(), torch.rand(1).item()))
             epoch.log(torch.zeros(()))
@@ -760,7 +740,7 @@ def test_each_process_has_its_share_of_a_batch_and_its_own_augmentation(in_two_p
 
 def what_is_there(run):
     """The second process looks at an empty folder."""
-    run.save("static", {"static": torch.nn.Linear(1, 1)}, history=[])
+    run.save("static", {"line": torch.nn.Linear(1, 1)}, history=[])
     if run.rank:
         run.folder = run.folder / "nowhere"
     names = [network.name for network in networks.networks(run)]
