@@ -1,7 +1,6 @@
 """Pictures are checked against what they show: their pixels are read back."""
-import random
-
 import math
+import random
 
 import numpy as np
 import pytest
