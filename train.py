@@ -27,10 +27,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import data
 from controller import PPO, Controller, EarlyStop
 from data import Confusion, Consistency
-from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm
+from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm, make_cell
 from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
-from experiment.networks import make_cell
 from experiment.runs import average_gradients, batches, check_finite, float32, generator
 from util.costs import parameters
 from util.progress import Progress

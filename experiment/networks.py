@@ -4,7 +4,7 @@ import pathlib
 import re
 import typing
 
-from dyncell import CELLS, DECODER, Genotype, make_cell  # make_cell: runs and predict import it from here
+from dyncell import CELLS, DECODER, Genotype
 from experiment import weights
 from util.errors import InputError
 from util.files import load, read_log
