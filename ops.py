@@ -1,13 +1,16 @@
 """Tables 1 and 2: every operation and every aggregation of the dynamic cell, in plain torch.
 
 Read beside Sect. 3.2 of the paper. An *operation* takes one map and returns one; an *aggregation* takes two
-maps and returns one. Maps are (B, C, H, W), with C = 64 in a cell. Both dictionaries at the end of this
-file are in token order: the controller's token 3 is the fourth entry.
+maps and returns one. Maps are (B, C, H, W), with C = 64 in a cell. The dictionaries OPERATIONS and
+AGGREGATIONS are in token order: the controller's token 3 is the fourth entry.
 
-What the paper does not fix (its tables are pictures in our source) is marked "[ours]".
+The text of the paper leaves some details open. Decisions of this project are marked "[ours]", those taken
+from the static networks' search of its authors "[18]".
 
     python ops.py       prints both tables: parameters, multiply-adds, time, memory
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,15 +39,19 @@ def sample_bilinear(x, rows, cols):
         raise ValueError(f"rows and cols must both be (B, h, w) with B = {x.shape[0]}, "
                          f"got {tuple(rows.shape)} and {tuple(cols.shape)}")
     if 0 in (x.shape[0], x.shape[1], *rows.shape):        # grid_sample refuses some empty inputs
+        # The sum ties the result to x: backward() works, and gives x a gradient of zeros.
         return x.new_zeros(x.shape[0], x.shape[1], *rows.shape[1:]) + 0 * x.sum()
     H, W = x.shape[-2:]
+    # grid_sample takes one dtype. Positions need float32: with the 8 significant bits of bf16, rows 200.5
+    # and 201 are the same.
+    exact = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
+    rows, cols = rows.to(exact), cols.to(exact)
     # With align_corners=False pixel p of n has coordinate (2p + 1) / n - 1. With True it would be
     # 2p / (n - 1) - 1, a division by zero for n = 1. grid_sample takes (x, y), that is (column, row).
     grid = torch.stack(((2 * cols + 1) / W - 1, (2 * rows + 1) / H - 1), dim=-1)        # (B, h, w, 2)
     # grid_sample interpolates between floor(p) and floor(p) + 1, so the gradient at an integer position is
-    # not zero, and an offset that starts at zero can learn. It needs one dtype for both: the more precise.
-    exact = torch.promote_types(x.dtype, grid.dtype)
-    return F.grid_sample(x.to(exact), grid.to(exact), align_corners=False).to(x.dtype)
+    # not zero, and an offset that starts at zero can learn.
+    return F.grid_sample(x.to(exact), grid, align_corners=False).to(x.dtype)
 
 
 def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilation=1, mask=None):
@@ -59,27 +66,30 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     stride, padding, dilation             a number or (vertical, horizontal)
     returns (B, Cout, Ho, Wo)
 
-    Output pixel (y, x) is the sum over taps i, j of weight[i, j] times a sample of the input. The sample is
-    bilinear, with zeros outside the input, at row y * stride - padding + i * dilation + dy; the column is
-    computed likewise from x, j and dx.
+        out(y, x) = sum over taps i, j of  weight(i, j) * mask(i, j, y, x) * input(row, col)
+        row = y * stride - padding + i * dilation + dy(i, j, y, x)        col: the same with x, j and dx
+
+    input(row, col) is bilinear, with zeros outside. tests/test_ops.py has this as loops.
     v1: Dai et al., Deformable Convolutional Networks, 2017; v2: Zhu et al., 2019.
     Raises ValueError naming the argument whose shape is wrong.
     """
-    stride, padding = _pair(stride, "stride"), _pair(padding, "padding")
-    dilation = _pair(dilation, "dilation")
-    _check_deform(input, offset, weight, bias, stride, padding, dilation, mask)
+    geometry = [tuple(g) if isinstance(g, (tuple, list)) else (g, g) for g in (stride, padding, dilation)]
+    _check_deform(input, offset, weight, bias, mask, *geometry)
+    (kh, kw), (Ho, Wo) = weight.shape[2:], offset.shape[2:]
+    part = _images_at_once(input, input.shape[1] * kh * kw * Ho * Wo)
+    if part >= input.shape[0]:
+        return _deform_conv2d(input, offset, weight, bias, mask, *geometry)
+    masks = mask.split(part) if mask is not None else [None] * input.shape[0]
+    return torch.cat([_deform_conv2d(x, o, weight, bias, m, *geometry)
+                      for x, o, m in zip(input.split(part), offset.split(part), masks)])
+
+
+def _deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation):
+    """The method itself; stride, padding and dilation are pairs."""
     B, cin, H, W = input.shape
     cout, cin_group, kh, kw = weight.shape
     Ho, Wo = offset.shape[2:]
     taps, groups, G = kh * kw, cin // cin_group, offset.shape[1] // (2 * kh * kw)
-    part = _images_at_once(input, cin * taps * Ho * Wo)
-    if part < B:
-        masks = [None] * B if mask is None else mask.split(part)
-        parts = zip(input.split(part), offset.split(part), masks)
-        return torch.cat([deform_conv2d(x, o, weight, bias, stride, padding, dilation, m)
-                          for x, o, m in parts])
-
-    # Positions need float32: with the 8 significant bits of bf16, rows 200.5 and 201 are the same.
     exact = torch.promote_types(torch.promote_types(input.dtype, offset.dtype), torch.float32)
     new = dict(device=input.device, dtype=exact)
     tap_row = torch.arange(kh, **new).repeat_interleave(kw) * dilation[0]     # (taps,): 0 0 0 1 1 1 2 2 2
@@ -100,55 +110,6 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     return out if bias is None else out + bias[:, None, None]
 
 
-def _images_at_once(images, samples):
-    """How many images, of `samples` samples each, deform_conv2d processes at a time: on a CPU a million
-    samples, or one image per thread; elsewhere all.
-
-    On a CPU the samples (7 MB for an image of 64 channels of 50 x 60) are then still in the cache when the
-    mask and the matrix product read them. Forward and backward take 0.78 of the time. Below a million
-    samples parts only cost. A compiled or traced graph processes all images at once."""
-    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return images.shape[0]
-    return max(torch.get_num_threads(), 1_000_000 // samples)
-
-
-def _pair(value, name):
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one number or two, got {value}")
-    return pair
-
-
-def _check_deform(input, offset, weight, bias, stride, padding, dilation, mask):
-    """The checks of deform_conv2d."""
-    if min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError(f"stride {stride} and dilation {dilation} must be positive, "
-                         f"padding {padding} not negative")
-    shapes = tuple(input.shape), tuple(weight.shape)
-    if input.dim() != 4 or weight.dim() != 4:
-        raise ValueError("input must be (B, Cin, H, W) and weight (Cout, Cin / groups, kh, kw), "
-                         f"got {shapes}")
-    B, cin, H, W = input.shape
-    cout, cin_group, kh, kw = weight.shape
-    if 0 in (cin, H, W, *weight.shape):
-        raise ValueError(f"only the batch of input may be empty, and no dimension of weight, got {shapes}")
-    if cin % cin_group or cout % (cin // cin_group):
-        raise ValueError(f"weight must divide the input's {cin} channels into groups, got {shapes}")
-    Ho = (H + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    Wo = (W + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    if Ho < 1 or Wo < 1:
-        raise ValueError(f"input is too small for weight, the output would be {Ho} x {Wo}: {shapes}")
-    taps = kh * kw
-    G = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
-    if G < 1 or cin % G or offset.shape != (B, 2 * G * taps, Ho, Wo):
-        raise ValueError(f"offset must be ({B}, 2 * G * {taps}, {Ho}, {Wo}) where G divides {cin}, "
-                         f"got {tuple(offset.shape)}")
-    if mask is not None and mask.shape != (B, G * taps, Ho, Wo):
-        raise ValueError(f"mask must be ({B}, {G * taps}, {Ho}, {Wo}), got {tuple(mask.shape)}")
-    if bias is not None and bias.shape != (cout,):
-        raise ValueError(f"bias must be ({cout},), got {tuple(bias.shape)}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Building blocks
 
@@ -162,26 +123,25 @@ def conv_bn_relu(cin, cout, kernel=1, rate=1):
 def resize(x, size):
     """Brings a coarse map (B, C, h, w) to the `size` (H, W) of a finer map of the same image, bilinearly.
 
-    The map is enlarged by the *factor* of the strides between the two, and what stands over is cut off:
-    coarse pixel i stands for the fine pixels f * i to f * i + f - 1. A CamVid frame has 360 rows, so
+    The map is enlarged by the *factor* f of the strides between the two, and what stands over is cut off.
+    So coarse pixel i covers the fine pixels f * i to f * i + f - 1. Of the 360 rows of a CamVid frame stay
 
         45 rows at 1/8     0 1 2 3 4 5 6 7  ...  40 41 42 43 44  .  .  .      . is cut off
         23 rows at 1/16     0   1   2   3   ...    20    21    22    .
         12 rows at 1/32       0       1     ...       10          11
 
-    The reason: a convolution of stride 2, kernel 3, padding 1 puts its output i at the input's pixel 2 * i,
-    also where the size is odd. F.interpolate(x, size=(H, W)) spreads 45 rows evenly over 12, 3.75 a row, so
-    that row 11 would end where row 44 ends: towards the bottom, maps would lie up to half a coarse pixel
-    too high. By the factor every row lies as far from where it belongs: (f - 1) / 2 fine pixels, which a
-    network learns. tests/test_ops.py marks positions, brings them down by such strides and up again.
-    A map that has the size already is returned as it is.
-    Raises ValueError where no power of two leads from one size to the other.
+    The reason: a convolution of stride 2, kernel 3 and padding 1 puts its output i at the input's pixel
+    2 * i, whatever the size. F.interpolate(x, size=(H, W)) would give each of the 12 rows 3.75 of the 45,
+    so rows move up, and the farther down the more. By the factor all are equally far from their places,
+    (f - 1) / 2 fine pixels, which a network learns. tests/test_ops.py brings positions down and up again.
+    A map that has the size already is returned as it is. Raises ValueError where no power of two leads from
+    one size to the other.
     """
     factors = [factor(fine, coarse) for fine, coarse in zip(size, x.shape[-2:])]
     if factors == [1, 1]:
         return x
-    x = F.interpolate(x, scale_factor=factors, mode="bilinear", align_corners=False)  # (B, C, f*h, f*w)
-    return x[..., :size[0], :size[1]]                                                 # (B, C, H, W)
+    x = F.interpolate(x, scale_factor=factors, mode="bilinear", align_corners=False)    # (B, C, f*h, f*w)
+    return x[..., :size[0], :size[1]]                                                   # (B, C, H, W)
 
 
 def factor(fine, coarse):
@@ -209,23 +169,9 @@ def to_larger(x, y):
 # --------------------------------------------------------------------------------------------------
 # Table 1: operations. The first eleven are those of the static search space [18], in its order.
 
-class DepthwiseInFloat32(nn.Conv2d):
-    """A depthwise convolution that stays in float32 under autocast on a CPU; elsewhere an ordinary one.
-
-    Used for every depthwise convolution except 3x3 with stride 1 and rate 1. The reason is the backward
-    pass of torch 2.13 in bf16 on a CPU. If the convolution is strided or 5x5, that pass takes 4 to 16 times
-    as long. If it is dilated, the weight gradient is also wrong (relative error 1.4, sometimes NaN), as it
-    reads uninitialised memory."""
-
-    def forward(self, x):
-        if x.device.type != "cpu":
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
-
 def separable(channels, kernel, rate=1):
     """Depthwise kernel x kernel, pointwise 1x1, BN, ReLU."""
+    # A depthwise convolution; the second class only avoids a fault of torch in bf16 on CPUs, see its end.
     conv = nn.Conv2d if (kernel, rate) == (3, 1) else DepthwiseInFloat32
     padding = rate * (kernel // 2)
     depthwise = conv(channels, channels, kernel, padding=padding, dilation=rate, groups=channels, bias=False)
@@ -306,17 +252,17 @@ class Sum(Aggregation):
 
 
 class Concat(Aggregation):
-    """Channel-wise concatenation, 1x1 conv-BN-ReLU back to C."""
+    """Channel-wise concatenation [x; y], convolution back to C channels, BN, ReLU."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, kernel=1):
         super().__init__()
-        self.conv = conv_bn_relu(2 * channels, channels)
+        self.conv = conv_bn_relu(2 * channels, channels, kernel)
 
     def combine(self, x, y):
         return self.conv(torch.cat((x, y), dim=1))        # (B, 2C, H, W) -> (B, C, H, W)
 
 
-class Conv3d(Aggregation):
+class Conv3d(Concat):
     """3D convolution, kernel (2, 3, 3), of the two maps stacked along time, BN, ReLU.
 
     The kernel covers both maps at once, so this equals a 3x3 convolution of their concatenation: the same
@@ -324,15 +270,13 @@ class Conv3d(Aggregation):
     channels_last. tests/test_ops.py compares it with nn.Conv3d."""
 
     def __init__(self, channels):
-        super().__init__()
-        self.conv = conv_bn_relu(2 * channels, channels, 3)
-
-    def combine(self, x, y):
-        return self.conv(torch.cat((x, y), dim=1))        # (B, 2C, H, W) -> (B, C, H, W)
+        super().__init__(channels, kernel=3)
 
 
 class Attention(Aggregation):
-    """Dense attention: a = sigmoid(3x3 conv of [x; y]) per pixel and channel; a * x + (1 - a) * y."""
+    """Dense attention: a gate per pixel and channel says how much of each map passes.
+
+    a = sigmoid(3x3 convolution of [x; y]), result a * x + (1 - a) * y"""
 
     def __init__(self, channels):
         super().__init__()
@@ -341,30 +285,36 @@ class Attention(Aggregation):
     def combine(self, x, y):
         a = self.gate(torch.cat((x, y), dim=1)).sigmoid()             # (B, 2C, H, W) -> (B, C, H, W)
         exact = torch.promote_types(x.dtype, y.dtype)  # lerp needs one dtype; under autocast a is bf16
+        # a * x + (1 - a) * y, written as lerp(y, x, a) = y + a * (x - y)
         return torch.lerp(y.to(exact), x.to(exact), a.to(exact))
 
 
 class Predictive(Aggregation):
-    """A 3x3 filter per pixel, its taps a softmax, predicted from x and applied to y (Li et al. [14])."""
+    """A 3x3 filter per pixel, its taps a softmax, predicted from x and applied to y (Li et al. [14]).
+
+    f = softmax over 9 taps of a 3x3 convolution of x
+    result(row, col) = sum over taps i, j of  f(i, j, row, col) * y(row + i - 1, col + j - 1)"""
 
     def __init__(self, channels):
         super().__init__()
         self.filters = nn.Conv2d(channels, 9, 3, padding=1)  # one filter per pixel for all channels
 
     def combine(self, x, y):
-        filters = self.filters(x).softmax(dim=1)          # (B, 9, H, W), tap t = 3 * i + j
+        f = self.filters(x).softmax(dim=1)                # (B, 9, H, W), tap (i, j) is channel 3 * i + j
         H, W = y.shape[-2:]
-        y = F.pad(y, (1, 1, 1, 1))                        # (B, C, H + 2, W + 2)
+        y = F.pad(y, (1, 1, 1, 1))                        # (B, C, H + 2, W + 2), row -1 comes first
         out = 0
         for i in range(3):
             for j in range(3):
-                out = out + filters[:, 3 * i + j, None] * y[:, :, i:i + H, j:j + W]       # (B, C, H, W)
+                out = out + f[:, 3 * i + j, None] * y[:, :, i:i + H, j:j + W]             # (B, C, H, W)
         return out
 
 
 class Affine(Aggregation):
     """Spatial transformer [11]: x is resampled by a 2x3 matrix and then added to y. The matrix is predicted
     from the global mean of [x; y] and starts as the identity.
+
+    theta = linear(mean of [x; y]); result(row, col) = x at theta (col, row, 1) + y(row, col)
 
     Coordinates run from -1 to 1 over the image, as in F.affine_grid. That function is not used, as it can't
     be exported with a variable height and width."""
@@ -377,17 +327,21 @@ class Affine(Aggregation):
             self.theta.bias.copy_(torch.tensor([1., 0, 0, 0, 1, 0]))
 
     def combine(self, x, y):
-        exact = self.theta.weight.dtype
-        with torch.autocast(x.device.type, enabled=False):            # positions need float32
-            means = torch.cat((x.mean((2, 3)), y.mean((2, 3))), dim=1)              # (B, 2C)
-            theta = self.theta(means.to(exact)).reshape(-1, 2, 3)
-            H, W = x.shape[-2:]
-            row = (2 * torch.arange(H, device=x.device, dtype=exact) + 1) / H - 1   # (H,)
-            col = (2 * torch.arange(W, device=x.device, dtype=exact) + 1) / W - 1   # (W,)
+        H, W = x.shape[-2:]
+        weight, bias = self.theta.weight, self.theta.bias
+        kind = torch.promote_types(weight.dtype, torch.float32)       # positions need float32
+        # and matrix products for them float64 on a GPU, which may round factors in float32 to 11 bits (TF32)
+        exact = torch.float64 if x.device.type == "cuda" else kind
+        with torch.autocast(x.device.type, enabled=False):
+            means = torch.cat((x.mean((2, 3)), y.mean((2, 3))), dim=1).to(exact)        # (B, 2C)
+            theta = F.linear(means, weight.to(exact), bias.to(exact)).reshape(-1, 2, 3)
+            row = (2 * torch.arange(H, device=x.device, dtype=exact) + 1) / H - 1       # (H,)
+            col = (2 * torch.arange(W, device=x.device, dtype=exact) + 1) / W - 1       # (W,)
             row, col = row[:, None].expand(H, W), col[None, :].expand(H, W)
-            place = torch.stack((col, row, torch.ones_like(row)), dim=-1)           # (H, W, 3)
-            grid = torch.einsum("bij,hwj->bhwi", theta, place)                      # (B, H, W, 2)
-            return F.grid_sample(x.to(exact), grid, align_corners=False) + y
+            place = torch.stack((col, row, torch.ones_like(row)), dim=-1)               # (H, W, 3)
+            grid = torch.einsum("bij,hwj->bhwi", theta, place)    # theta (col, row, 1): (B, H, W, 2)
+            moved = F.grid_sample(x.to(kind), grid.to(kind), align_corners=False)       # (B, C, H, W)
+            return moved.to(weight.dtype) + y
 
 
 OPERATIONS = {
@@ -419,47 +373,41 @@ AGGREGATIONS = {
 # The tables that `python ops.py` prints
 
 def print_costs(title, modules, inputs):
-    """Prints a row per module of {name: module}. Each is called with the same inputs, which must require a
-    gradient."""
+    """Prints a row per module of {name: module}. All get the same inputs, which must require a gradient."""
     def forward(module):
         with torch.no_grad():
             module(*inputs)
 
-    def forward_backward(module):
+    def both(module):
         out = module(*inputs)
         if out.requires_grad:                # the result of `zero` doesn't
             out.sum().backward()
 
-    calls = {}
-    for name, module in modules.items():
-        calls[name, "forward"] = lambda module=module: forward(module)
-        calls[name, "both"] = lambda module=module: forward_backward(module)
-    ms = milliseconds_in_turn(calls, device=inputs[0].device)
+    ms = milliseconds_in_turn({(name, call): functools.partial(call, module)
+                               for name, module in modules.items() for call in (forward, both)},
+                              device=inputs[0].device)
     print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms forward':>11} {'ms fwd+bwd':>11} "
           f"{'MB kept':>8}")
     for token, (name, module) in enumerate(modules.items()):
-        millions = multiply_adds(module, *inputs) / 1e6
-        print(f"{token:3} {name:20} {parameters(module):10,} {millions:12.1f} {ms[name, 'forward']:11.2f} "
-              f"{ms[name, 'both']:11.2f} {megabytes_kept(module, *inputs):8.1f}")
+        print(f"{token:3} {name:20} {parameters(module):10,} {multiply_adds(module, *inputs) / 1e6:12.1f} "
+              f"{ms[name, forward]:11.2f} {ms[name, both]:11.2f} {megabytes_kept(module, *inputs):8.1f}")
 
 
 def print_tables_1_and_2(device):
     """Every operation and aggregation; then a plain and a deformable convolution on a whole batch."""
-    channels, size = 64, (45, 60)
-
-    def maps(count, batch, size):
-        return [torch.randn(batch, channels, *size).to(device).requires_grad_() for _ in range(count)]
+    def maps(count, batch, height, width):
+        return [torch.randn(batch, 64, height, width).to(device).requires_grad_() for _ in range(count)]
 
     torch.manual_seed(0)
-    operations = {name: make(channels).to(device).eval() for name, make in OPERATIONS.items()}
-    aggregations = {name: make(channels).to(device).eval() for name, make in AGGREGATIONS.items()}
-    print(f"At {channels} channels, {size[0]} x {size[1]} (1/8 of a CamVid frame), batch 1, float32, device "
-          f"{device},\n{torch.get_num_threads()} threads. MB kept: memory that a forward pass keeps for "
-          "the backward pass,\nincluding its result.")
-    print_costs("Table 1: operations", operations, maps(1, 1, size))
-    print_costs("Table 2: aggregations", aggregations, maps(2, 1, size))
+    operations = {name: make(64).to(device).eval() for name, make in OPERATIONS.items()}
+    aggregations = {name: make(64).to(device).eval() for name, make in AGGREGATIONS.items()}
     two = {name: operations[name] for name in ("conv3x3", "deform3x3")}
-    print_costs("batch 16, 50 x 60", two, maps(1, 16, (50, 60)))  # 1/8 of a padded frame (Sect. 4.1)
+    print(f"At 64 channels, 45 x 60 (1/8 of a CamVid frame), batch 1, float32, device {device},\n"
+          f"{torch.get_num_threads()} threads. MB kept: memory that a forward pass keeps for the backward "
+          "pass,\nincluding its result.")
+    print_costs("Table 1: operations", operations, maps(1, 1, 45, 60))
+    print_costs("Table 2: aggregations", aggregations, maps(2, 1, 45, 60))
+    print_costs("batch 16, 50 x 60", two, maps(1, 16, 50, 60))       # 1/8 of a padded frame (Sect. 4.1)
 
 
 def main(arguments=None):
@@ -469,6 +417,62 @@ def main(arguments=None):
                     "frame. It takes about twenty seconds on one core.")
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
     print_tables_1_and_2(usable_device(parser.parse_args(arguments).device))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the method does without: checks, and two workarounds for CPUs
+
+def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
+    """Raises ValueError naming the argument of deform_conv2d that is wrong."""
+    if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError("stride and dilation must be positive, padding not negative, each one number or "
+                         f"two, got {stride}, {dilation}, {padding}")
+    shapes = tuple(input.shape), tuple(weight.shape)
+    if input.dim() != 4 or weight.dim() != 4 or 0 in (*input.shape[1:], *weight.shape):
+        raise ValueError("input must be (B, Cin, H, W) and weight (Cout, Cin / groups, kh, kw), where only "
+                         f"B may be zero, got {shapes}")
+    (B, cin, *size), (cout, cin_group, *kernel) = input.shape, weight.shape
+    if cin % cin_group or cout % (cin // cin_group):
+        raise ValueError(f"weight must divide the input's {cin} channels into groups, got {shapes}")
+    Ho, Wo = ((n + 2 * p - d * (k - 1) - 1) // s + 1
+              for n, p, d, k, s in zip(size, padding, dilation, kernel, stride))
+    if min(Ho, Wo) < 1:
+        raise ValueError(f"input is too small for weight, the output would be {Ho} x {Wo}, got {shapes}")
+    taps = kernel[0] * kernel[1]
+    G = max(1, offset.shape[1] // (2 * taps)) if offset.dim() == 4 else 1
+    if cin % G:
+        raise ValueError(f"offset has {G} groups, which must divide the input's {cin} channels")
+    for name, tensor, shape in (("offset", offset, (B, 2 * G * taps, Ho, Wo)), ("bias", bias, (cout,)),
+                                ("mask", mask, (B, G * taps, Ho, Wo))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def _images_at_once(images, samples):
+    """How many images, of `samples` samples each, deform_conv2d processes at a time: on a CPU a million
+    samples, or one image per thread; elsewhere all.
+
+    On a CPU the samples (7 MB for an image of 64 channels of 50 x 60) are then still in the cache when the
+    mask and the matrix product read them. Forward and backward take 0.78 of the time. Below a million
+    samples parts only cost. A compiled or traced graph processes all images at once."""
+    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return images.shape[0]
+    return max(torch.get_num_threads(), 1_000_000 // samples)
+
+
+class DepthwiseInFloat32(nn.Conv2d):
+    """A depthwise convolution that stays in float32 under autocast on a CPU; elsewhere an ordinary one.
+
+    Used for every depthwise convolution except 3x3 with stride 1 and rate 1. The reason is the backward
+    pass of torch 2.13 in bf16 on a CPU. If the convolution is strided or 5x5, that pass takes 4 to 16 times
+    as long. If it is dilated, the weight gradient is also wrong (relative error 1.4, sometimes NaN), as it
+    reads uninitialised memory."""
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 if __name__ == "__main__":

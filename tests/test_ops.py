@@ -158,8 +158,7 @@ def expect_attention(module, x, y):
 def expect_predictive(module, x, y):
     filters = np.exp(naive_conv(x, module.filters.weight, bias=module.filters.bias))
     filters /= filters.sum(1, keepdims=True)
-    B, C, H, W = y.shape
-    out = np.zeros(y.shape)
+    (B, _, H, W), out = y.shape, np.zeros(y.shape)
     for b, r, s, i, j in itertools.product(*map(range, (B, H, W, 3, 3))):
         if 0 <= r + i - 1 < H and 0 <= s + j - 1 < W:
             out[b, :, r, s] += filters[b, 3 * i + j, r, s] * y[b, :, r + i - 1, s + j - 1]
@@ -167,7 +166,7 @@ def expect_predictive(module, x, y):
 
 
 def expect_affine(module, x, y):
-    (B, C, H, W), out = x.shape, y.copy()
+    (B, _, H, W), out = x.shape, y.copy()
     weight, bias = module.theta.weight.detach().numpy(), module.theta.bias.detach().numpy()
     for b, r, s in itertools.product(range(B), range(H), range(W)):
         theta = (weight @ np.concatenate((x[b].mean((1, 2)), y[b].mean((1, 2)))) + bias).reshape(2, 3)
@@ -234,7 +233,7 @@ def test_sample_bilinear_gradient(height, width):
     torch.autograd.gradcheck(ops.sample_bilinear, [t.requires_grad_() for t in arguments])
 
 
-@pytest.mark.parametrize("batch, channels, h, w", [(0, 3, 2, 2), (2, 3, 0, 2), (2, 3, 2, 0), (2, 0, 2, 2)])
+@pytest.mark.parametrize("batch, channels, h, w", [(0, 3, 2, 2), (2, 3, 2, 0), (2, 0, 2, 2)])
 def test_sample_bilinear_empty(batch, channels, h, w):
     x = torch.randn(batch, channels, 5, 4, requires_grad=True)
     out = ops.sample_bilinear(x, torch.zeros(batch, h, w), torch.zeros(batch, h, w))
@@ -262,16 +261,15 @@ def deform_case(stride, padding, dilation, groups, offset_groups, batch=2, kerne
                 mask=torch.rand(batch, offset_groups * taps, *out, **DOUBLE))
 
 
-@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
-def test_deform_conv2d(geometry, with_bias, with_mask):
+def test_deform_conv2d(geometry):
+    """Against the loops, with and without mask and bias, contiguous or not."""
     case, where = deform_case(*geometry), dict(zip(("stride", "padding", "dilation"), geometry))
-    case["bias"], case["mask"] = case["bias"] if with_bias else None, case["mask"] if with_mask else None
-    expected = naive_deform(**case, **where)
-    close(ops.deform_conv2d(**case, **where), expected)
-    views = {name: t if t is None else strided(t) for name, t in case.items()}
-    close(ops.deform_conv2d(**views, **where), expected)
+    for left_out in ({}, {"mask": None}, {"bias": None}, {"mask": None, "bias": None}):
+        expected = naive_deform(**(case | left_out), **where)
+        for layout in (lambda x: x, strided):
+            arguments = {name: layout(x) for name, x in case.items()} | left_out
+            close(ops.deform_conv2d(**arguments, **where), expected)
 
 
 def test_deform_conv2d_signature():
@@ -310,40 +308,34 @@ def test_deform_conv2d_at_whole_offsets(geometry):
               (expected + case["bias"][:, None, None]) / 2)
 
 
-@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("at_once, parts", [(1, 5), (2, 3), (4, 2), (5, 1), (9, 1)])
-def test_deform_conv2d_in_parts(monkeypatch, at_once, parts, with_mask):
+def test_deform_conv2d_in_parts(monkeypatch, at_once, parts):
     """On a CPU a few images at a time: values and gradients as of each image alone."""
-    case = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items()}
-    if not with_mask:
-        del case["mask"]
+    full = {name: t.requires_grad_() for name, t in deform_case(*GEOMETRY[0], batch=5).items()}
     where, there = dict(stride=(2, 1), padding=(1, 0), dilation=(2, 1)), torch.randn(5, 12, 2, 3, **DOUBLE)
-    alone = []
-    for b in range(5):
-        one = {name: t if name in ("weight", "bias") else t[b:b + 1] for name, t in case.items()}
-        alone.append(ops.deform_conv2d(**one, **where))
-    expected = torch.cat(alone)
-    sample, sizes = ops.sample_bilinear, []
+    sample, sizes, asked = ops.sample_bilinear, [], []
 
     def counted(x, *where):
         sizes.append(len(x) // 3)                         # 3 offset groups an image
         return sample(x, *where)
 
-    monkeypatch.setattr(ops, "sample_bilinear", counted)
-    asked = []
-    monkeypatch.setattr(ops, "_images_at_once", lambda images, samples: asked.append(samples) or at_once)
-    actual = ops.deform_conv2d(**case, **where)
-    channels, taps = case["input"].shape[1], case["weight"].shape[2:].numel()
-    assert set(asked) == {channels * taps * 2 * 3}                        # 2 x 3 output pixels
-    assert len(sizes) == parts and sum(sizes) == 5 and max(sizes) <= at_once
-    close(actual, expected.detach())
-    gradients = [torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)]
-    for a, e in zip(*gradients, strict=True):
-        close(a, e)
+    for case in (full, {name: t for name, t in full.items() if name != "mask"}):
+        expected = torch.cat([ops.deform_conv2d(**where, **{
+            name: t if name in ("weight", "bias") else t[b:b + 1] for name, t in case.items()})
+            for b in range(5)])
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "sample_bilinear", counted)
+            patch.setattr(ops, "_images_at_once", lambda images, samples: asked.append(samples) or at_once)
+            actual = ops.deform_conv2d(**case, **where)
+        close(actual, expected.detach())
+        gradients = [torch.autograd.grad((out * there).sum(), case.values()) for out in (actual, expected)]
+        for a, e in zip(*gradients, strict=True):
+            close(a, e)
+    assert len(sizes) == 2 * parts and sum(sizes) == 2 * 5 and max(sizes) <= at_once
+    assert set(asked) == {6 * 3 * 2 * 2 * 3}              # channels, taps, output pixels of one image
 
 
-@pytest.mark.parametrize("threads, height, width, at_once", [
-    (1, 45, 60, 1), (2, 45, 60, 2), (8, 45, 60, 8), (2, 23, 30, 2), (2, 12, 16, 9), (2, 3, 4, 144)])
+@pytest.mark.parametrize("threads, height, width, at_once", [(1, 45, 60, 1), (8, 45, 60, 8), (2, 12, 16, 9)])
 def test_images_at_once(monkeypatch, threads, height, width, at_once):
     """A million samples (64 channels, 9 taps), but one image per thread at least; not on a CPU: all."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -359,42 +351,30 @@ def test_deform_conv2d_empty_batch():
     assert not case["weight"].grad.any() and not case["bias"].grad.any()
 
 
-def test_deform_conv2d_positions_are_exact_in_bfloat16():
-    """bf16 can't tell row 200.5 from 200: positions must not be computed in it. Rows alternate 0, 1."""
-    stripes = (torch.arange(300) % 2).bfloat16()[None, None, :, None].expand(1, 1, 300, 2)
-    offset = torch.zeros(1, 2, 300, 2).bfloat16()
-    offset[:, 0] = 0.5
-    out = ops.deform_conv2d(stripes, offset, torch.ones(1, 1, 1, 1).bfloat16())
-    assert (out[:, :, :-1] == 0.5).all()
-
-
 # --------------------------------------------------------------------------------------------------
 # resize
 
 def test_maps_of_any_size_lie_where_they_belong():
     """Rows and columns of every size from 33 to 130. A map that holds each pixel's position goes down by the
-    encoder's strides, where kernel 3 with padding 1 puts output i at input 2 * i, and up again. There every
-    pixel still holds its position, up to the constant (f - 1) / 2 that the strides leave: no drift. Only
-    where a border is repeated the position is that of the outermost coarse pixel."""
-    taken = torch.zeros(2, 1, 3, 3, **DOUBLE)
-    taken[:, :, 1, 1] = 1                                 # the stride alone: each output is its middle input
+    encoder's strides, where kernel 3 with padding 1 puts output i at input 2 * i, and up again. Then every
+    pixel holds its position, up to the constant (f - 1) / 2 that the strides leave: no drift. Only beyond
+    the outermost coarse pixels, where bilinear sampling repeats the border, it holds theirs."""
+    middle = torch.zeros(2, 1, 3, 3, **DOUBLE)
+    middle[:, :, 1, 1] = 1                                # each output is the input in the kernel's middle
     for height in range(33, 131):
-        width = 163 - height
-        rows, cols = torch.arange(height, **DOUBLE), torch.arange(width, **DOUBLE)
-        image = torch.stack((rows[:, None].expand(height, width), cols.expand(height, width)))[None]
-        fine = [image]                                    # at 1/1, 1/2, ... 1/32, each (1, 2, h, w)
-        while len(fine) < 6:
-            fine.append(F.conv2d(fine[-1], taken, stride=2, padding=1, groups=2))
-        for here, coarse in itertools.combinations(range(6), 2):
-            f, (H, W) = 2 ** (coarse - here), fine[here].shape[2:]
-            for axis, size in enumerate((H, W)):
-                assert ops.factor(size, fine[coarse].shape[2 + axis]) == f
-            up = ops.to_larger(fine[coarse], fine[here])[0] / 2 ** here   # positions in pixels of `here`
-            for axis, (size, steps) in enumerate(((H, fine[coarse].shape[2]), (W, fine[coarse].shape[3]))):
-                position = torch.arange(size, **DOUBLE) - (f - 1) / 2
-                position = position.clamp(0, f * (steps - 1))
-                line = up[0, axis].movedim(axis, 0)       # (size, the other size)
-                close(line, position[:, None].expand(line.shape))
+        width = 163 - height                              # 130 to 33: odd where the height is even
+        rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        maps = [torch.stack((rows, cols))[None].double()]             # at 1/1, 1/2, ... 1/32: (1, 2, h, w)
+        while len(maps) < 6:
+            maps.append(F.conv2d(maps[-1], middle, stride=2, padding=1, groups=2))
+        for fine, coarse in itertools.combinations(range(6), 2):
+            f, (h, w), (H, W) = 2 ** (coarse - fine), maps[coarse].shape[2:], maps[fine].shape[2:]
+            assert (ops.factor(H, h), ops.factor(W, w)) == (f, f)
+            up, _ = ops.to_larger(maps[coarse], maps[fine])
+            row, col = (torch.arange(n, **DOUBLE) - (f - 1) / 2 for n in (H, W))
+            row, col = row.clamp(0, f * (h - 1)), col.clamp(0, f * (w - 1))
+            expected = torch.stack(torch.meshgrid(row, col, indexing="ij"))[None]
+            close(up, expected * 2 ** fine)               # in pixels of the map at 1/1
 
 
 @pytest.mark.parametrize("f", [2, 4, 8, 32])
@@ -501,60 +481,81 @@ def test_invariants(make, inputs, name):
         assert all(map(torch.equal, maps, before))
 
 
-@pytest.mark.parametrize("make, inputs, name", EVERY)
-def test_bfloat16_channels_last(make, inputs, name):
-    """As it is trained: autocast, channels_last, training mode; inputs of both types, as in a cell."""
-    module = randomise(make(16)).train().to(memory_format=torch.channels_last)
-    maps = [torch.randn(4, 16, 12, 10).to(memory_format=torch.channels_last) for _ in range(inputs)]
-    maps = [x.requires_grad_() for x in maps]
-    for types in itertools.product((torch.float32, torch.bfloat16), repeat=inputs):
-        typed = [t.to(kind) for t, kind in zip(maps, types)]
-        expected = module(*typed) if types == (torch.float32,) * inputs else expected
-        with torch.autocast("cpu", torch.bfloat16):
-            out = module(*typed)
-        error = (out.float() - expected).abs().mean()
-        assert torch.isfinite(out).all() and error <= 0.03 * expected.abs().mean()
-        if out.requires_grad:
-            out.float().square().sum().backward()
-            assert all(torch.isfinite(t.grad).all() for t in (*maps, *module.parameters()))
-
-
 def test_zero_stops_what_is_not_finite():
     x = torch.tensor([math.nan, math.inf]).reshape(1, 2, 1, 1)
     assert torch.equal(ops.OPERATIONS["zero"](2)(x), torch.zeros(1, 2, 1, 1))
 
 
 @pytest.mark.parametrize("size", [(45, 60), (23, 30), (12, 15)])
-@pytest.mark.parametrize("name", [*ops.OPERATIONS, *ops.AGGREGATIONS])
-def test_gradients_under_bf16_autocast(name, size):
-    """At the sizes of a CamVid frame's layers: bf16 with channels_last, as in training, against float64.
+@pytest.mark.parametrize("make, inputs, name", EVERY)
+def test_bf16_autocast(make, inputs, name, size):
+    """Values and gradients at the sizes of a CamVid frame's layers against float64: bf16 with channels_last,
+    as in training, and inputs of both types, as in a cell.
 
     torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU, see
     DepthwiseInFloat32."""
-    torch.manual_seed(0)
-    count, make = (1, ops.OPERATIONS[name]) if name in ops.OPERATIONS else (2, ops.AGGREGATIONS[name])
     module = make(64).eval()  # eval: batch statistics would divide by small, rounded deviations
-    inputs, there = [torch.randn(4, 64, *size).relu() for _ in range(count)], torch.randn(4, 64, *size)
+    maps, there = [torch.randn(4, 64, *size).relu() for _ in range(inputs)], torch.randn(4, 64, *size)
     for key, bias in module.named_parameters():
         if key in ("offset_mask.bias", "theta.bias"):  # off the pixels, where bilinear sampling has kinks
             bias.data += torch.empty_like(bias).uniform_(0.2, 0.3) / (1 if key[0] == "o" else 20)
 
-    def gradients(module, dtype):
-        module = module.to(memory_format=torch.channels_last)
-        leaves = [x.to(dtype, memory_format=torch.channels_last).requires_grad_() for x in inputs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+    def value_and_gradients(module, *types):
+        module = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        leaves = [x.to(kind, memory_format=torch.channels_last).requires_grad_()
+                  for x, kind in zip(maps, types)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.float64 not in types):
             out = module(*leaves)
         if out.requires_grad:
-            (out * there.to(dtype)).sum().backward()
-        return [x.grad for x in (*module.parameters(), *leaves) if x.grad is not None]
+            (out * there.to(out.dtype)).sum().backward()
+        return [out, *(x.grad for x in (*module.parameters(), *leaves) if x.grad is not None)]
 
-    expected = gradients(copy.deepcopy(module).double(), torch.float64)
-    for got, want in zip(gradients(module, torch.float32), expected, strict=True):
-        assert (got.double() - want).norm() <= 0.06 * want.norm() + 1e-6
+    expected = value_and_gradients(copy.deepcopy(module).double(), *[torch.float64] * inputs)
+    mixed = itertools.product((torch.float32, torch.bfloat16), repeat=inputs)
+    for types in mixed if size == (12, 15) else [[torch.float32] * inputs]:
+        for got, want in zip(value_and_gradients(module, *types), expected, strict=True):
+            assert (got.double() - want).norm() <= 0.06 * want.norm() + 1e-6
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices, compilers
+# Half precision, devices, compilers
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [ops.AGGREGATIONS["affine"], ops.OPERATIONS["deform3x3"],
+                                  lambda channels: ops.DeformConv2d(channels, channels)],
+                         ids=["affine", "deform3x3", "DeformConv2d"])
+def test_positions_are_exact_in_half_precision(make, kind):
+    """bf16 can't tell row 200.5 from 200, float16 2049 from 2048. After .half() only values are rounded, not
+    positions: columns alternate -1 and 1, so a sample in the wrong place has the wrong sign."""
+    module = make(2).eval()
+    if hasattr(module, "weight"):                         # only the middle tap, so that signs come through
+        module.weight.data = torch.eye(2)[:, :, None, None] * torch.eye(3)[1, :, None] * torch.eye(3)[1]
+    x = (2.0 * (torch.arange(3000) % 2) - 1).expand(1, 2, 3, 3000)
+    maps = (x, x) if isinstance(module, ops.Aggregation) else (x,)
+    with torch.no_grad():
+        expected, out = module(*maps), module.to(kind)(*(x.to(kind) for x in maps))
+    assert out.dtype == kind
+    close(out.float(), expected, 0.02)
+
+
+def test_sample_bilinear_in_half_precision():
+    """The dtype of the map comes back; the positions keep theirs."""
+    x, rows = torch.arange(300.)[None, None, :, None], torch.arange(0.25, 299)[None, :, None]
+    for kind in (torch.float16, torch.bfloat16):
+        out = ops.sample_bilinear((x % 2).to(kind), rows, torch.zeros_like(rows))
+        assert out.dtype == kind and torch.equal(out[0, 0, :2, 0].float(), torch.tensor([0.25, 0.75]))
+        close(out.float(), ops.sample_bilinear(x % 2, rows, torch.zeros_like(rows)), 1e-3)
+    assert ops.sample_bilinear(x.half(), rows.half(), torch.zeros_like(rows).half()).dtype == torch.float16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
+def test_tf32_does_not_round_positions(monkeypatch):
+    """Columns alternate as above: TF32 has 11 bits, like float16."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x = (2.0 * (torch.arange(6000, device="cuda") % 2) - 1).expand(1, 2, 3, 6000)
+    with torch.no_grad():
+        close(ops.AGGREGATIONS["affine"](2).cuda()(x, x).cpu(), 2 * x.cpu(), 0.02)
+
 
 def test_depthwise_stays_in_float32_on_a_cpu_only():
     """The workaround is for CPUs: elsewhere autocast decides. "meta" is a device without numbers."""
@@ -569,24 +570,48 @@ def test_depthwise_stays_in_float32_on_a_cpu_only():
         conv(x)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_deform_conv2d_compiles_to_one_graph(monkeypatch):
+def test_deform_conv2d_compiles_to_one_graph():
     """A compiled graph can't ask for the number of threads; it takes the whole batch at once."""
     case, samplings = {name: t.float() for name, t in deform_case(*GEOMETRY[1], batch=3).items()}, []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    expected = ops.deform_conv2d(**case)
 
     def backend(graph, _):
         samplings.extend(node for node in graph.graph.nodes if "grid_sample" in str(node.target))
         return graph
 
     compiled = torch.compile(ops.deform_conv2d, fullgraph=True, backend=backend)
-    close(compiled(**case), expected, 1e-5)
+    close(compiled(**case), ops.deform_conv2d(**case), 1e-5)
     assert len(samplings) == 1
-    arguments = case["input"], case["offset"], case["weight"]
-    traced = torch.jit.trace(lambda x, o, w: ops.deform_conv2d(x, o, w), arguments)
-    larger = {name: torch.cat((case[name], case[name])) for name in ("input", "offset")}
-    close(traced(*larger.values(), case["weight"]), ops.deform_conv2d(*larger.values(), case["weight"]), 1e-5)
+
+
+class Composed(nn.Module):
+    """As in a cell: operations on two maps, an aggregation, another one with its result."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.deform, self.gap = ops.OPERATIONS["deform3x3"](channels), ops.OPERATIONS["gap"](channels)
+        self.affine = ops.AGGREGATIONS["affine"](channels)
+        self.predictive = ops.AGGREGATIONS["predictive"](channels)
+
+    def forward(self, x, y):
+        return self.predictive(self.affine(self.deform(x), y), self.gap(y))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make, inputs, name", [*EVERY, pytest.param(Composed, 2, None, id="a composition")])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traces_and_exports(make, inputs, name):
+    """Made at one size, right at any height and width; traced, for any batch, too."""
+    module, dim = randomise(make(4)), torch.export.Dim
+    h, w = dim("h", min=2, max=64), dim("w", min=2, max=64)
+
+    def maps(batch, h, w):                                # the second one smaller
+        return tuple(torch.randn(batch, 4, f * h, f * w) for f in (4, 2)[:inputs])
+
+    sizes = tuple({2: f * h, 3: f * w} for f in (4, 2)[:inputs])
+    exported = torch.export.export(module, maps(2, 2, 3), dynamic_shapes=sizes).module()
+    traced = torch.jit.trace(module, maps(2, 2, 3))
+    for made, x in ((exported, maps(2, 5, 4)), (traced, maps(2, 5, 4)), (traced, maps(3, 2, 3))):
+        close(made(*x), module(*x), 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -601,16 +626,13 @@ def test_sample_bilinear_refuses(x, rows, cols):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("offset", (2, 36, 2, 2)), ("offset", (2, 36, 3, 3)), ("offset", (1, 36, 2, 3)),
-    ("offset", (2, 35, 2, 3)), ("offset", (2, 0, 2, 3)), ("offset", (36, 2, 3)),
-    ("offset", (2, 48, 2, 3)),                                            # four groups of six channels
-    ("mask", (2, 36, 2, 3)), ("mask", (2, 6, 2, 3)), ("mask", (2, 18, 3, 2)), ("mask", (1, 18, 2, 3)),
-    ("mask", (18, 2, 3)), ("weight", (12, 4, 3, 2)), ("weight", (12, 12, 3, 2)), ("weight", (11, 3, 3, 2)),
-    ("weight", (12, 3, 6)), ("weight", (12, 3, 9, 9)), ("weight", (0, 3, 3, 2)),
-    ("bias", (11,)), ("bias", (12, 1)), ("bias", ()),
+    ("offset", (2, 36, 3, 3)), ("offset", (1, 36, 2, 3)), ("offset", (2, 35, 2, 3)), ("offset", (2, 0, 2, 3)),
+    ("offset", (36, 2, 3)), ("offset", (2, 48, 2, 3)),    # the last one: four groups of six channels
+    ("mask", (2, 36, 2, 3)), ("mask", (2, 18, 3, 2)), ("mask", (1, 18, 2, 3)), ("mask", (18, 2, 3)),
+    ("weight", (12, 4, 3, 2)), ("weight", (12, 12, 3, 2)), ("weight", (11, 3, 3, 2)), ("weight", (12, 3, 6)),
+    ("weight", (12, 3, 9, 9)), ("weight", (0, 3, 3, 2)), ("bias", (11,)), ("bias", (12, 1)), ("bias", ()),
     ("input", (6, 5, 4)), ("input", (2, 7, 5, 4)), ("input", (2, 0, 5, 4)), ("input", (2, 6, 1, 1)),
-    ("stride", 0), ("stride", (1, 2, 3)), ("padding", -1), ("padding", (1,)),
-    ("dilation", 0), ("dilation", (2, -1)),
+    ("stride", 0), ("stride", (1, 2, 3)), ("padding", -1), ("padding", (1,)), ("dilation", (2, -1)),
 ], ids=str)
 def test_deform_conv2d_refuses(name, value):
     case = dict(deform_case(*GEOMETRY[0]), stride=(2, 1), padding=(1, 0), dilation=(2, 1))

@@ -1,4 +1,4 @@
-"""The cost of a module (parameters, multiply-adds, time, memory), and the tables of ops.py and dyncell.py.
+"""The cost of a module: parameters, multiply-adds, time, memory.
 
 Multiply-adds are those of convolutions and matrix products. Times are medians in ms; the calls to be
 compared take turns.
@@ -84,13 +84,3 @@ def usable_device(name):
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise InputError(f"--device {name}: {reason}") from None
     return device
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tables 1 and 2: operations and aggregations (`python ops.py`)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Table 5: the cost of a frame (`python dyncell.py`)
-
-
