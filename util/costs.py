@@ -40,8 +40,7 @@ def milliseconds_in_turn(calls, repeats=5, device=None):
 
     The calls take turns, so other load on the machine slows all of them alike, and their ratios stay right.
     The first round is not counted. In each round a call is made twice, and only the second is timed: the
-    first brings its weights back into the cache. `device` is the device to wait for, as in
-    `synchronise`."""
+    first brings its weights back into the cache. `device`: see `synchronise`."""
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""What a module costs, by hand; and that the tables of ops.py, dyncell.py and controller.py come out."""
+"""What a module costs, by hand; the tables of ops.py; the scripts' --help and --device."""
 import time
 
 import pytest
@@ -9,6 +9,7 @@ from whole_run import as_script
 import ops
 from data import InputError
 from util import costs
+
 
 def test_multiply_adds():
     """3x3 convolution, 8 -> 8 channels, on 5 x 6."""
@@ -51,7 +52,7 @@ def test_a_device_is_waited_for(monkeypatch):
     assert order == []
 
 
-@pytest.mark.parametrize("name", ["fpga", "", "meta", "cuda:99", "nothing", "cpu:x"])
+@pytest.mark.parametrize("name", ["fpga", "", "meta", "cuda:99", "cpu:x"])
 def test_unusable_devices(name):
     with pytest.raises(InputError) as caught:
         costs.usable_device(name)
@@ -67,7 +68,7 @@ def untimed(monkeypatch):
             call()
         return {name: 1.5 for name in calls}
 
-    monkeypatch.setattr(costs, "milliseconds_in_turn", made)
+    monkeypatch.setattr(ops, "milliseconds_in_turn", made)
 
 
 def test_tables_1_and_2(untimed, capsys):
@@ -81,7 +82,7 @@ def test_tables_1_and_2(untimed, capsys):
 @pytest.mark.parametrize("script", ["ops.py", "dyncell.py", "controller.py"])
 def test_help_and_a_bad_device(script, monkeypatch, capsys):
     assert as_script(monkeypatch, script, "--help") == 0
-    assert "It takes about" in " ".join(capsys.readouterr().out.split())
+    assert capsys.readouterr().out.startswith(f"usage: {script}")
     if script != "controller.py":
         assert as_script(monkeypatch, script, "--device", "fpga") == 2
         out, err = capsys.readouterr()
