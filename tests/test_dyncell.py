@@ -539,18 +539,15 @@ def segmenter():
 @torch.no_grad()
 @pytest.mark.parametrize("height, width", [(60, 90), (90, 61), (53, 53), (80, 75)])
 def test_segment_by_hand(segmenter, height, width):
-    """The shorter side is padded to 70 with ImageNet's mean, evenly, the odd pixel after; the labels of the
-    image alone come back, at its own size. Sizes: wide, high, square, larger than 70."""
+    """Sides below 70 are padded to it with ImageNet's mean, evenly, the odd pixel after; the labels of the
+    image alone come back, at its own size. Sizes: wide, high, both sides short, larger than 70."""
     state, own = None, None
-    missing = max(0, 70 - min(height, width))
-    before, after = missing // 2, (missing + 1) // 2
-    sides = (0, 0, before, after) if height <= width else (before, after, 0, 0)
-    rows = slice(before, before + height) if height <= width else slice(height)
-    cols = slice(width) if height <= width else slice(before, before + width)
+    (top, bottom), (left, right) = ((max(0, 70 - n) // 2, (max(0, 70 - n) + 1) // 2) for n in (height, width))
+    rows, cols = slice(top, top + height), slice(left, left + width)
     mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.STD)
     for image in pixels(height, width):
         x = ((image / 255 - mean) / deviation).permute(2, 0, 1)           # (3, H, W)
-        x = F.pad(x, sides)[None].double()
+        x = F.pad(x, (left, right, top, bottom))[None].double()
         logits, state = segmenter.step(x, state)
         expected = up(logits, x)[0, :, rows, cols]
         chances, _ = segmenter.probabilities(image, own)
