@@ -7,7 +7,6 @@ import json
 import math
 import pathlib
 import shlex
-import time
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,7 @@ from util.errors import InputError, brief, told
 from util.files import load, save
 from util.progress import Progress
 
-FORMATS = *images.FORMATS, "GIF", "WEBP"
+FORMATS = *images.FORMATS, "GIF", "WEBP"   # of one image or an animation
 VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .wmv .flv .ogv .3gp".split()
 SHIPPED = pathlib.Path(__file__).parents[1] / "networks"                  # those that come with the project
 ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
@@ -192,7 +191,7 @@ def predict(command):
     for folder in folders:
         (output / folder).mkdir(parents=True, exist_ok=True)
     write_classes(output, network.classes, network.palette)
-    progress, since = Progress("predict", len(video.names)), time.time()
+    progress = Progress("predict", len(video.names))
     for k, (name, image) in enumerate(zip(video.names, video.read())):    # (H, W, 3)
         if video.begins[k]:
             first = k
@@ -213,7 +212,7 @@ def predict(command):
         for folder, pixels in pictures.items():
             charts.save_png(output / folder / f"{name}.png", Image.fromarray(pixels), folder)
         charts.save_indexed(output / "labels" / f"{name}.png", labels, network.palette)
-        progress.update(k + 1, frames_per_second=(k + 1) / (time.time() - since))
+        progress.update(k + 1)
     rare = animate(output, video)
     print(f"predict: wrote {output}: labels/ (indexed PNG, class numbers), {'/, '.join(folders[1:])}/, "
           f"overlay.webp{rare}, classes.json, legend.png")

@@ -70,14 +70,6 @@ def test_sparse_labels_and_splits_of_different_sizes_train(small, tmp_path, monk
     assert files.load(tmp_path / "run" / "static.pt")["size"] == (48, 64)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as end:
-        data.run_main(lambda: train.main(["--schedule", "smoke", "--run", str(tmp_path / "file" / "run")]))
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and str(tmp_path / "file") in said
-
-
 def test_it_says_the_stage_and_at_the_end_what_to_do_next(smoke, small, capsys):
     said = (smoke.parent / "run.out").read_text()
     assert "evaluate: stage 4 of 4" in said and "[4/4] frames of test 8/8" in said
