@@ -1,6 +1,7 @@
 """What holds for every test: the path, one thread, slow tests on demand, no signal handlers left behind.
 
     python -m pytest            the tests; `-m slow` those that take long, `-m "slow or not slow"` all of them
+    CAMVID=DIR python -m pytest also those on the real CamVid
 """
 import os
 import pathlib
@@ -20,6 +21,7 @@ torch.set_num_threads(1)                     # more of them, on a busy machine, 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs only where the -m expression names it")
+    config.addinivalue_line("markers", "camvid: needs the real CamVid, CAMVID=DIR python -m pytest")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -27,6 +29,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+    for item in items:
+        if "camvid" in item.keywords and "CAMVID" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs the real CamVid: CAMVID=DIR python -m pytest"))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ import train
 from data import CamVid, CityScapes, Confusion, Consistency, Frame, Frames, InputError, Synthetic, sequences
 
 CAMVID = os.environ.get("CAMVID")            # the folder of the public CamVid
-needs_camvid = pytest.mark.skipif(not CAMVID, reason="needs CamVid: CAMVID=DIR python -m pytest")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ def test_a_gap_is_long_over_one_and_a_half_of_the_median_step():
         assert data.long_gaps(clip) == data.long_gaps([f.image for f in clip]) == [False] * 3 + [True, False]
 
 
-@needs_camvid
+@pytest.mark.camvid
 @pytest.mark.parametrize("split, clips, windows",
                          [("train", [62, 101, 204], 357), ("val", [101], 99), ("test", [62, 171], 229)])
 def test_camvid_clips_and_windows(split, clips, windows):

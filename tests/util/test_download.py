@@ -161,7 +161,7 @@ def test_only_what_was_not_given_is_downloaded(tmp_path, monkeypatch):
     assert len(called) == 2
 
 
-@pytest.mark.skipif("CAMVID" not in os.environ, reason="needs CAMVID=DIR")
+@pytest.mark.camvid
 def test_the_constants_are_the_public_camvids():
     data.verify_camvid(pathlib.Path(os.environ["CAMVID"]))
 
