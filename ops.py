@@ -2,7 +2,8 @@
 
 Read beside Sect. 3.2 of the paper. An *operation* takes one map and returns one; an *aggregation* takes two
 maps and returns one. Maps are (B, C, H, W), with C = 64 in a cell. The dictionaries OPERATIONS and
-AGGREGATIONS are in token order: the controller's token 3 is the fourth entry.
+AGGREGATIONS are in token order: the controller's token 3 is the fourth entry. tests/test_ops.py has each of
+them once more, as plain loops.
 
 The text of the paper leaves some details open. Decisions of this project are marked "[ours]", those taken
 from the static networks' search of its authors "[18]".

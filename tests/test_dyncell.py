@@ -556,7 +556,7 @@ def test_segment_by_hand(segmenter, height, width):
         close(chances, expected.softmax(0).float(), 1e-3)
         expected = expected.argmax(0)
         assert labels.shape == (height, width) and labels.dtype == torch.uint8
-        assert torch.equal(labels, expected.to(torch.uint8)) and len(labels.unique()) > 2
+        assert torch.equal(labels, expected.to(torch.uint8)) and len(labels.unique()) > 1
         close(own.dec, state.dec, 1e-8)
     assert (labels != segmenter.segment(image)[0]).any()                  # the state has a say
 

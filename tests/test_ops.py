@@ -538,14 +538,13 @@ def test_positions_are_exact_in_half_precision(make, kind):
     close(out.float(), expected, 0.02)
 
 
-def test_sample_bilinear_in_half_precision():
-    """The dtype of the map comes back; the positions keep theirs."""
-    x, rows = torch.arange(300.)[None, None, :, None], torch.arange(0.25, 299)[None, :, None]
-    for kind in (torch.float16, torch.bfloat16):
-        out = ops.sample_bilinear((x % 2).to(kind), rows, torch.zeros_like(rows))
-        assert out.dtype == kind and torch.equal(out[0, 0, :2, 0].float(), torch.tensor([0.25, 0.75]))
-        close(out.float(), ops.sample_bilinear(x % 2, rows, torch.zeros_like(rows)), 1e-3)
-    assert ops.sample_bilinear(x.half(), rows.half(), torch.zeros_like(rows).half()).dtype == torch.float16
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
+def test_sample_bilinear_in_half_precision(kind):
+    """The map's dtype comes back, and positions keep theirs: rows 0.25, 1.25, ... of alternating 0 and 1."""
+    x, rows = (torch.arange(300) % 2)[None, None, :, None].to(kind), torch.arange(0.25, 299)[None, :, None]
+    out = ops.sample_bilinear(x, rows, torch.zeros_like(rows))
+    assert out.dtype == kind == ops.sample_bilinear(x, rows.to(kind), torch.zeros_like(rows).to(kind)).dtype
+    close(out[0, 0, :, 0].float(), 0.25 + 0.5 * (torch.arange(299.) % 2), 1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
@@ -570,8 +569,11 @@ def test_depthwise_stays_in_float32_on_a_cpu_only():
         conv(x)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_deform_conv2d_compiles_to_one_graph():
-    """A compiled graph can't ask for the number of threads; it takes the whole batch at once."""
+    """A compiled graph can't ask for the number of threads; it takes the whole batch at once, and so does a
+    traced one, which would else keep the number of parts that it was made with."""
     case, samplings = {name: t.float() for name, t in deform_case(*GEOMETRY[1], batch=3).items()}, []
 
     def backend(graph, _):
@@ -581,6 +583,8 @@ def test_deform_conv2d_compiles_to_one_graph():
     compiled = torch.compile(ops.deform_conv2d, fullgraph=True, backend=backend)
     close(compiled(**case), ops.deform_conv2d(**case), 1e-5)
     assert len(samplings) == 1
+    module, x = ops.OPERATIONS["deform3x3"](64).eval(), torch.randn(3, 64, 45, 60)  # large: an image a part
+    close(torch.jit.trace(module, x[:2])(x), module(x), 1e-5)
 
 
 class Composed(nn.Module):
