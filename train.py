@@ -12,7 +12,7 @@ result. experiment/runs.py does that; a reader needs only these words of it:
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
     epoch.batches(n, size)             shuffled batches of 0..n-1, and the share of the training behind us
     epoch.log(loss)                    for the history; a loss that is not finite stops the run
-    log.misses(k), log.candidate(k)    whether candidate k is to be trained; its line in the search's log, in
+    log.claim(k), log.candidate(k)     whether candidate k is to be trained; its line in the search's log, in
                                        which a loss that is not finite or too little memory is reward 0
     run.load(name)                     a trained network of the run's folder
 """
@@ -30,8 +30,9 @@ from data import Confusion, Consistency
 from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm, make_cell
 from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
-from experiment.runs import average_gradients, batches, check_finite, float32, generator
+from experiment.runs import average_gradients, batches, check_finite, generator
 from util.costs import parameters
+from util.device import float32
 from util.progress import Progress
 
 
@@ -438,13 +439,13 @@ def explore(run, strategy, log, static, meta_train, meta_val):
         numbers = range(first, min(first + r.controller_rollout, r.search_candidates))
         tokens = log.tokens(numbers, tokens)                      # the log's, where it has them
         for k, row in zip(numbers, tokens):
-            if log.misses(k):                                     # nor does another process work on it
+            if log.claim(k):                                      # not logged, nor claimed by another process
                 genotype = Genotype.from_tokens(row)
                 with log.candidate(k, genotype) as entry:
                     train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry)
                     table.weigh_latency(run, genotype, static, meta_train[0], entry)      # [ours]
-                progress.update(len(log), **log.standing(k))
-        log.meet()                                                # now every process has all of this round
+                progress.update(len(log), **log.figures(k))
+        log.sync()                                                # now every process has all of this round
         for k in numbers:                                         # [ours]: the early stop moves once a round
             if log[k]["half_reward"] is not None:
                 early_stop.move(log[k]["half_reward"])

@@ -168,7 +168,7 @@ def networks(run):
             chosen += found(run, strategy)
         chosen += named(run)
     seeded = []
-    for network in run.agree(chosen):
+    for network in run.broadcast(chosen):
         seeded.append(network)
         for seed in range(1, run.recipe.seeds):
             seeded.append(network._replace(name=f"{network.name}-seed{seed}", seed=seed))

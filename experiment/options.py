@@ -16,10 +16,10 @@ import data
 from dyncell import CELLS, STATICS
 from experiment import schedules, weights
 from experiment.networks import SEARCHES, cell_texts, named
-from experiment.runs import Run, best_device, check_recipe, flag, locked
+from experiment.runs import Run, check_recipe, flag, locked
 from util.errors import InputError
 from util.files import load, save
-from util.memory import limit_memory
+from util.device import best_device, limit_memory
 
 PATHS = "data", "run", "input", "output", "network", "encoder_weights", "static"
 # The flags that only predict takes, and their defaults.
@@ -183,7 +183,7 @@ def find_data(run, given):
     dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
     if run.rank == 0:
         data.fetch(dataset, run.root, given)
-    run.wait()
+    run.barrier()
     try:
         splits = data.each(run.dataset, run.splits)
     except InputError:                       # check the files, too, so that one message names all problems

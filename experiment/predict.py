@@ -14,9 +14,10 @@ from PIL import Image
 import data
 from dyncell import VideoSegmenter, fold_batchnorm
 from experiment import weights
-from experiment.runs import best_device, flag, float32
+from experiment.runs import flag
 from util import charts, images
 from util.costs import usable_device
+from util.device import best_device, float32
 from util.errors import InputError, brief, told
 from util.files import load, save
 from util.progress import Progress

@@ -1,7 +1,6 @@
 """Schedules of our own, in place of the paper's: a GPU's work cut to a CPU's, and the synthetic videos'. Each
 says what differs from the defaults in train.py, which are the paper's for CamVid. And how long and how much
 memory a recipe takes."""
-import contextlib
 import math
 import shlex
 import time
@@ -12,7 +11,7 @@ import data
 from dyncell import STATICS
 from experiment.networks import strategies
 from util.errors import InputError
-from util.memory import available
+from util.device import available, has_bf16
 from util.progress import duration
 
 NAMES = "paper", "short", "smoke"
@@ -148,10 +147,10 @@ def check_memory(run, stage):
     pixels = {"pretrain": STATIC * r.static_batch * r.static_crop[0] * r.static_crop[1],
               "search": A_CELL * r.search_batch * (r.sequence_length - 1) * height * width,
               "finetune": WHOLE * r.cell_batch * r.sequence_length * r.end_crop[0] * r.end_crop[1]}
-    half, has = not isinstance(run.autocast(), contextlib.nullcontext), available(run.device)
-    need = 1.1 * (0.6 if half else 1.0) * pixels.get(stage, 0)
-    if stage == "search":                    # torchrun: a candidate for each process; else they share a batch
-        need *= run.local_world
+    has, need = available(run.device), 1.1 * (0.6 if has_bf16(run.device) else 1) * pixels.get(stage, 0)
+    need *= 1 if run.own_gpu() else run.local_world               # so many processes take the memory
+    if stage != "search":                    # they share a batch; in the search each has a candidate
+        need /= run.world
     if has is not None and need > has:
         raise InputError(f"{stage}: its steps need about {need / 1e9:.0f} GB, and {run.device} has "
                          f"{has / 1e9:.0f} GB; {REMEDY[stage]}, or take --schedule short with another --run")

@@ -17,10 +17,11 @@ import torch
 
 import data
 from dyncell import DECODER, VideoSegmenter, fold_batchnorm, make_cell
-from experiment import figures, weights
+from experiment import figures
 from experiment.networks import SEARCHES, Network, networks, strategies
-from experiment.runs import fields_of, set_tf32
+from experiment.runs import fields_of
 from util.costs import milliseconds_in_turn, multiply_adds, parameters
+from util.device import set_tf32
 from util.errors import InputError, told
 from util.files import load, read_log, save
 from util.progress import Progress, duration
@@ -53,12 +54,12 @@ def done(run, stage):
     if stage == "pretrain":
         return run.finished("static")
     if stage == "search":
-        return run.agree(run.rank == 0 and searched(run))
+        return run.broadcast(run.rank == 0 and searched(run))
     if stage == "finetune":
         return all(run.finished(network.name) for network in networks(run))
     table = Table(run)
     missing = table.missing()                                     # rank 0 decides
-    return run.agree(not missing and table.finished)
+    return run.broadcast(not missing and table.finished)
 
 
 @contextlib.contextmanager
@@ -93,7 +94,7 @@ def stage(run, name, stages):
                       f"(--static-epochs {run.recipe.static_epochs}).")
         if name == stages[-1]:
             print_next(run, name)
-    run.wait()
+    run.barrier()
 
 
 def print_next(run, name):
@@ -184,7 +185,7 @@ class Table:
 
     def __init__(self, run):
         self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
-        fields = [name for name in fields_of(run.recipe, "end") if name not in weights.FILES]
+        fields = fields_of(run.recipe, "end")
         values = json.dumps([2, *([name, getattr(run.recipe, name)] for name in fields)])     # 2: format
         self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
         if self.path.exists():               # rows of networks from another recipe are scored again

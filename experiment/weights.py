@@ -125,6 +125,11 @@ def what_is(head, reason):
     return "is not what torch.save writes" if head else "is empty"
 
 
+def digests(recipe):
+    """{field: digest} of the recipe's files of weights: they are compared by content, as they may move."""
+    return {field: digest(getattr(recipe, field)) for field in FILES}
+
+
 def digest(source):
     """The first digits of the SHA-256 of a file of weights. "imagenet" has known ones, "none" stays "none".
     None if there is no such file."""

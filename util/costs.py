@@ -77,6 +77,8 @@ def usable_device(name):
     """torch.device(name), after a test that it works. Raises InputError when it doesn't."""
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:    # else cuda:0 is initialised, too
+            torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
         synchronise(device)
     except Exception as error:               # each kind of device fails in its own way

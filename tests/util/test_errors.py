@@ -5,8 +5,9 @@ import signal
 import sys
 
 import pytest
+import torch
 
-from util.errors import InputError, each, run_main
+from util.errors import InputError, each, out_of_memory, run_main
 
 
 def test_the_problems_of_all_splits_are_listed_once():
@@ -68,3 +69,13 @@ def test_only_a_full_disk_is_told_to_make_room(capsys, number, room):
         run_main(main)
     said = capsys.readouterr().err
     assert "frames/1.png" in said and said.count("\n") == 1 and ("make room" in said) == room
+
+
+@pytest.mark.parametrize("error, expected", [
+    (torch.OutOfMemoryError("full"), True), (MemoryError(), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False), (ValueError("no"), False)])
+def test_what_is_out_of_memory(error, expected):
+    assert out_of_memory(error) == expected

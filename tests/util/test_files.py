@@ -1,0 +1,45 @@
+"""util/files.py: a file is complete or absent, and one that can't be read is named."""
+import json
+import os
+
+import pytest
+import torch
+
+from util import files
+from util.errors import InputError
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    torch.save({"static": Evil()}, tmp_path / "static.pt")
+    with pytest.raises(InputError, match="static.pt: cannot be read"):
+        files.load(tmp_path / "static.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.json"])
+def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    files.save(path, {"a": [1, 2]})
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        files.save(path, {"a": [3]})
+    assert files.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"{name}: cannot be read .*; restore it or use another --run"):
+        files.load(path)
+
+
+def lines(*candidates):
+    entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": [1]}
+    return "".join(json.dumps({"candidate": k, **entry}) + "\n" for k in candidates)
+
+
+@pytest.mark.parametrize("text", [
+    "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0]), "\n"])
+def test_a_log_with_a_line_that_is_no_candidates_is_refused(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text + lines(5))
+    with pytest.raises(InputError, match="log.jsonl: line [0-9]+ is not a candidate's"):
+        files.read_log(tmp_path / "log.jsonl")
