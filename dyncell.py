@@ -30,8 +30,7 @@ from util.errors import InputError, brief, run_main
 from util.fold import fold_batchnorm
 
 
-# --------------------------------------------------------------------------------------------------
-# Sect. 3.1: the encoder, MobileNet-v2 [Sandler et al. 2018]
+# ---- Sect. 3.1: the encoder, MobileNet-v2 [Sandler et al. 2018] -----------------------------------------
 
 class InvertedResidual(nn.Module):
     """1x1 conv to `expand` times the channels, depthwise 3x3, linear 1x1. Shortcut if the shape is kept."""
@@ -86,46 +85,36 @@ class MobileNetV2(nn.Module):
 
     def load_imagenet(self, state):
         """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier). Raises
-        ValueError naming the keys when they are not torchvision's."""
+        RuntimeError naming the keys when they are not torchvision's."""
         head = "features.18.", "classifier."
-        try:
-            self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
-        except RuntimeError as error:
-            raise ValueError(f"not torchvision's mobilenet_v2: {brief(error)}") from None
+        self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
 
 
-# --------------------------------------------------------------------------------------------------
-# Sect. 3.1, Fig. 2: the static network, arch2 of [18]
+# ---- Sect. 3.1, Fig. 2: the static network, arch2 of [18] -----------------------------------------------
 
 class StaticNetwork(nn.Module):
     """What every static network has. Sect. 3.1: the method "is not directly tied to a concrete architecture".
-    Another network is a subclass, with an entry in STATICS.
+    Another network is a subclass with an entry in STATICS. It defines
 
-    Class attributes
-        name        its key in STATICS; a checkpoint holds it
-        channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
-        width       channels of dec; [ours] the nodes of its cells have as many
-        Classifier  class of the last part: Classifier(num_classes) is a module, called as
-                    classifier(dec, layer1) -> pred. A cell has one of its own, which starts as a copy.
-                    Its needs_layer1 says whether layer1 may be None
-    __init__(num_classes, auxiliary=None) sets .num_classes, .encoder and .classifier. auxiliary: None, or the
-        kind of the auxiliary heads, for training only ("cell" or "classifier"; see Arch2)
-    encode(image), (B, 3, H, W), normalised -> (layer1, layer2, layer3, layer4)
-    decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits; h, w are the network's
-        choice, and its cells predict at the same size
-    forward(image) -> pred
-    forward_auxiliary(image) -> pred, list of auxiliary predictions of pred's size
+    name        its key in STATICS; a checkpoint holds it
+    channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
+    width       channels of dec; [ours] the nodes of its cells have as many
+    Classifier  class of its last part: Classifier(num_classes) is a module, called as classifier(dec, layer1)
+                -> pred. A cell has one of its own, which starts as a copy. If .needs_layer1 is False, layer1
+                may be None
+    __init__(num_classes, auxiliary=None), which sets .num_classes, .encoder and .classifier. auxiliary: None,
+                or the kind of the auxiliary heads, for training only ("cell" or "classifier"; see Arch2)
+    decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits. h and w are its own
+                choice, and its cells predict at the same size
+    """
 
-    A subclass defines __init__ and decode; the others below serve where there are no auxiliary heads."""
-
-    def encode(self, image):
+    def encode(self, image):                  # (B, 3, H, W), normalised -> features: layer1, ..., layer4
         return self.encoder(image)
 
-    def forward(self, image):
-        _, pred = self.decode(self.encode(image))
-        return pred
+    def forward(self, image):                 # -> pred
+        return self.decode(self.encode(image))[1]
 
-    def forward_auxiliary(self, image):
+    def forward_auxiliary(self, image):       # -> pred, list of auxiliary predictions of pred's size
         return self(image), []
 
 
@@ -197,7 +186,7 @@ class Classifier(nn.Conv2d):
 
 
 class Arch2(StaticNetwork):
-    """The static network. 2,846,283 parameters for 11 classes, as in Table 5.
+    """The static network. 2,846,283 parameters for 11 classes, as in Table 5. pred is at 1/8, as dec is.
 
     auxiliary adds a head to every block's output, for training only (Sect. 6). "cell" is a contextual cell
     and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
@@ -214,8 +203,7 @@ class Arch2(StaticNetwork):
         self.adapt = nn.ModuleList(conv_bn_relu(channels, WIDTH) for channels in self.channels)
         self.blocks = nn.ModuleList(Block() for _ in CONNECTIONS)
         self.used = {k for connection in CONNECTIONS for k in connection}
-        first, after = len(self.channels), len(self.channels) + len(CONNECTIONS)
-        self.unused = [k for k in range(first, after) if k not in self.used]    # blocks 5 and 6
+        self.unused = [k for k in range(4, 4 + len(CONNECTIONS)) if k not in self.used]     # blocks 5 and 6
         self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(len(self.unused) * WIDTH, WIDTH))
         self.classifier = self.Classifier(num_classes)
         self.auxiliary = nn.ModuleList()
@@ -233,18 +221,15 @@ class Arch2(StaticNetwork):
         size = features[1].shape[-2:]  # block 5 is at 1/8, block 6 at 1/16
         last = torch.cat([resize(pool[k], size) for k in self.unused], dim=1)   # (B, 128, H/8, W/8)
         dec = self.out(last)                                          # (B, 64, H/8, W/8)
-        return dec, self.classifier(dec, features[0]), pool[len(features):]
+        return dec, self.classifier(dec, features[0]), pool[4:]
 
     def decode(self, features):
-        """(layer1, layer2, layer3, layer4) -> dec (B, 64, H/8, W/8), pred (B, num_classes, H/8, W/8)."""
         dec, pred, _ = self.decode_blocks(features)
         return dec, pred
 
     def forward_auxiliary(self, image):
-        """(B, 3, H, W) -> pred and the auxiliary predictions, a list. Each: (B, num_classes, H/8, W/8)."""
         _, pred, blocks = self.decode_blocks(self.encode(image))
-        heads = zip(self.auxiliary, blocks)
-        return pred, [resize(head(block), pred.shape[-2:]) for head, block in heads]
+        return pred, [resize(head(x), pred.shape[-2:]) for head, x in zip(self.auxiliary, blocks)]
 
 
 class QuarterClassifier(nn.Module):
@@ -273,16 +258,9 @@ class Arch2Quarter(Arch2):
 STATICS = {network.name: network for network in (Arch2, Arch2Quarter)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Sect. 3.2: the genotype, a string of five tokens per layer
+# ---- Sect. 3.2: the genotype, a string of five tokens per layer -----------------------------------------
 
 INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool at first (Sect. 3.1)
-
-
-def input_channels(static):
-    """The widths of INPUTS, in their order. static: a static network or its class."""
-    _, layer2, layer3, layer4 = static.channels
-    return layer4, static.width, layer2, layer3, layer4
 
 
 def location(k):
@@ -290,9 +268,8 @@ def location(k):
     return INPUTS[k] if k < len(INPUTS) else f"node{k - len(INPUTS)}"
 
 
-class Layer(collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")):
-    """One layer of a cell: agg(op1(pool[loc1]), op2(pool[loc2])). loc1 and loc2 are positions in the pool;
-    op1, op2 and agg are names."""
+# A layer of a cell: agg(op1(pool[loc1]), op2(pool[loc2])). loc1 and loc2 are positions, the others names.
+Layer = collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")
 
 
 class Genotype(tuple):
@@ -307,20 +284,24 @@ class Genotype(tuple):
     Raises ValueError for anything else."""
 
     def __new__(cls, cell):
+        if isinstance(cell, str):
+            cell = _read(cell)
+        if isinstance(cell, dict):                        # a line of search.jsonl
+            cell = cell.get("genotype", cell.get("tokens"))
+        if isinstance(cell, (torch.Tensor, np.ndarray)):
+            cell = cell.tolist()                          # with Python's own numbers
+        if not isinstance(cell, (list, tuple)) or not cell:
+            raise ValueError(f"a genotype is a list of layers or of tokens; got {reprlib.repr(cell)}")
+        if all(type(token) is int for token in cell):     # a bool is no token
+            cell = [cell[k:k + 5] for k in range(0, len(cell), 5)]
         layers, pool = [], list(INPUTS)
-        for layer in _layers(cell):
-            layers.append(_check_layer(layer, pool))
+        for layer in cell:
+            layers.append(_layer(layer, pool))
             pool.append(location(len(pool)))
-        if not layers:
-            raise ValueError("a genotype needs at least one layer")
         return super().__new__(cls, layers)
 
-    @classmethod
-    def parse(cls, cell):
-        """The constructor, as are from_json and from_tokens: names that say what is read."""
-        return cls(cell)
-
-    from_json = from_tokens = parse
+    # The constructor, by names that say what is read.
+    parse = from_json = from_tokens = classmethod(lambda cls, cell: cls(cell))
 
     def to_tokens(self):
         """List of 5L ints."""
@@ -344,74 +325,91 @@ class Genotype(tuple):
 
     def inputs(self):
         """Pool positions of the inputs that some layer samples."""
-        sampled = {loc for layer in self for loc in (layer.loc1, layer.loc2)}
-        return [k for k in range(len(INPUTS)) if k in sampled]
+        return [k for k in range(len(INPUTS)) if any(k in layer[:2] for layer in self)]
 
     def output(self):
         """Pool positions of the results that no later layer samples: the cell's output joins them."""
-        sampled = {loc for layer in self for loc in (layer.loc1, layer.loc2)}
-        return [k for k in range(len(INPUTS), len(INPUTS) + len(self)) if k not in sampled]
-
-
-def _layers(cell):
-    """A cell in any of Genotype's forms -> a list of layers, not yet checked."""
-    if isinstance(cell, str):
-        cell = _read(cell)
-    if isinstance(cell, dict):                            # a line of search.jsonl
-        cell = cell.get("genotype", cell.get("tokens"))
-    cell = _list(cell)
-    if not all(type(token) is int for token in cell):     # a bool is no token
-        return cell
-    if len(cell) % 5:
-        raise ValueError(f"a genotype has five tokens per layer, got {len(cell)} tokens")
-    return [cell[k:k + 5] for k in range(0, len(cell), 5)]
+        results = range(len(INPUTS), len(INPUTS) + len(self))
+        return [k for k in results if not any(k in layer[:2] for layer in self)]
 
 
 def _read(text):
-    """The printed form -> layers; JSON text -> what it holds."""
-    if text.lstrip().startswith("node"):
-        text = "".join(text.split())                      # without blanks and line ends
-        found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
-        genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
-        if text != "".join(str(genotype).split()):        # the pattern missed a part, or `out` is wrong
-            raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
-        return genotype
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
+    """The printed form -> Genotype; JSON text -> what it holds."""
+    if not text.lstrip().startswith("node"):
+        try:
+            return json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
+    text = "".join(text.split())                          # without blanks and line ends
+    found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
+    genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
+    if text != "".join(str(genotype).split()):            # the pattern missed a part, or `out` is wrong
+        raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
+    return genotype
 
 
-def _list(sequence):
-    """A tensor or array -> lists of Python's own numbers; a list or tuple -> a list."""
-    if isinstance(sequence, (torch.Tensor, np.ndarray)):
-        sequence = sequence.tolist()
-    if not isinstance(sequence, (list, tuple)):
-        raise ValueError(f"layers or tokens expected, got {reprlib.repr(sequence)}")
-    return list(sequence)
-
-
-def _check_layer(layer, pool):
+def _layer(tokens, pool):
     """Five names or tokens, or a dict of them -> Layer. pool: the names of its positions so far."""
-    if isinstance(layer, dict) and layer.keys() == set(Layer._fields):
-        layer = [layer[field] for field in Layer._fields]
-    values = _list(layer)
-    if len(values) != 5:
-        raise ValueError(f"a layer is (loc1, loc2, op1, op2, agg), got {reprlib.repr(layer)}")
-    ops, aggs, names = list(OPERATIONS), list(AGGREGATIONS), []
-    for value, known in zip(values, (pool, pool, ops, ops, aggs)):
-        if type(value) is int and 0 <= value < len(known):
-            value = known[value]
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{reprlib.repr(value)} is neither 0 to {len(known) - 1} nor one of "
+    if isinstance(tokens, dict) and tokens.keys() == set(Layer._fields):
+        tokens = [tokens[field] for field in Layer._fields]
+    if not isinstance(tokens, (list, tuple)) or len(tokens) != 5:
+        raise ValueError(f"a layer is five tokens, {', '.join(Layer._fields)}; got {reprlib.repr(tokens)}")
+    names, ops, aggs = [], list(OPERATIONS), list(AGGREGATIONS)
+    for token, known in zip(tokens, (pool, pool, ops, ops, aggs)):
+        name = known[token] if type(token) is int and 0 <= token < len(known) else token
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"{reprlib.repr(token)} is neither 0 to {len(known) - 1} nor one of "
                              f"{', '.join(known)}")
-        names.append(value)
-    loc1, loc2, op1, op2, agg = names
-    return Layer(pool.index(loc1), pool.index(loc2), op1, op2, agg)
+        names.append(name)
+    return Layer(pool.index(names[0]), pool.index(names[1]), *names[2:])
 
 
-# --------------------------------------------------------------------------------------------------
-# Sect. 3.2: the dynamic cell
+# Cells by name. Those made by hand are one idea each of how to reuse the previous frame.
+CELLS = {
+    # The previous dec, unchanged: the least a cell can do.
+    "propagate": "node0 = sum(skip(dec_prev), zero(dec_prev)); out = [node0]",
+    # The previous dec moved by offsets that see both frames, plus the current one: GRFP [20], NetWarp [9].
+    "warp": """node0 = concat(skip(dec_prev), skip(layer2));
+               node1 = sum(deform3x3(node0), skip(layer4)); out = [node1]""",
+    # Filters from the current frame: Li [14].
+    "predictive": "node0 = predictive(skip(layer2), skip(dec_prev)); out = [node0]",
+    # One affine motion for the whole image [11], joined with the current layers.
+    "affine": """node0 = affine(skip(dec_prev), skip(layer2));
+                 node1 = concat(skip(node0), skip(layer4)); out = [node1]""",
+    # How much of the previous dec to keep beside the current layers, per pixel and channel.
+    "attention": """node0 = concat(sep3x3(layer2), sep3x3(layer3));
+                    node1 = concat(sep3x3(layer4), sep3x3(node0));
+                    node2 = attention(sep3x3(dec_prev), sep3x3(node1)); out = [node2]""",
+    # The previous dec concatenated with the current layers, without any motion.
+    "concat": """node0 = concat(skip(dec_prev), skip(layer2));
+                 node1 = concat(skip(layer3), skip(layer4)); out = [node0, node1]""",
+    # [ours] Reconstructions of the published cells, NOT the originals: Fig. 7 is a picture that we don't
+    # have. What the paper's text says of a cell holds for its reconstruction, as does its size in Table 5:
+    # +0.50 and +0.34 M for CamVid (cell0, cell1), +0.39 and +0.45 M for CityScapes (cell2, cell3). Random
+    # search found them, with a preference for cheap ones. cell3 was rearranged by hand to be cheaper.
+    "cell0": """node0 = concat(skip(dec_prev), skip(layer2));
+                node1 = attention(deform3x3(layer4), sep5x5(layer3));
+                node2 = concat(conv3x3_r12(node1), conv3x3_r3(layer4));
+                node3 = attention(conv3x3_r3(node1), conv3x3(node2));
+                node4 = concat(conv3x3(layer4), conv3x3_r3(node3)); out = [node0, node4]""",
+    "cell1": """node0 = conv3d(sep3x3_r3(layer3), conv3x3_r3(layer4));
+                node1 = concat(conv3x3_r12(node0), conv3x3(layer4));
+                node2 = concat(conv1x1(dec_prev), skip(layer2));
+                node3 = concat(conv1x1(node1), gap(layer4));
+                node4 = concat(conv1x1(node3), deform3x3(layer4)); out = [node2, node4]""",
+    "cell2": """node0 = concat(conv3x3_r12(layer3), conv3x3(layer4));
+                node1 = concat(conv3x3_r3(layer4), conv1x1(layer2));
+                node2 = conv3d(deform3x3(layer4), conv3x3_r3(node0));
+                node3 = concat(skip(dec_prev), conv3x3_r3(node2)); out = [node1, node3]""",
+    "cell3": """node0 = affine(conv3x3_r3(dec_prev), conv3x3(layer2));
+                node1 = concat(deform3x3(layer4), conv3x3(layer3));
+                node2 = concat(deform3x3(node1), conv3x3(layer4));
+                node3 = concat(deform3x3(node2), deform3x3(layer3)); out = [node0, node3]""",
+}
+CELLS = {name: Genotype(text) for name, text in CELLS.items()}
+
+
+# ---- Sect. 3.2: the dynamic cell ------------------------------------------------------------------------
 
 class DynamicCell(nn.Module):
     """The cell that a genotype describes, with only the modules that it uses.
@@ -420,14 +418,16 @@ class DynamicCell(nn.Module):
     conv-BN-ReLU; dec is used as it is. The concatenated output goes through 1x1 conv-BN-ReLU at the
     resolution of layer2.
 
-    genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps,
-    to measure how much the cell gains from them. static: the static network that the cell works with, or its
-    class; it decides the inputs' widths and the kind of classifier."""
+    genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps, to
+    measure how much the cell gains from them. static: the static network, or its class, that the cell works
+    with; it decides the inputs' widths and the kind of classifier."""
 
     def __init__(self, genotype, num_classes, past=True, static=Arch2):
         super().__init__()
         self.genotype, self.past, width = Genotype(genotype), past, static.width
-        self.adapt, channels = nn.ModuleDict(), input_channels(static)
+        _, layer2, layer3, layer4 = static.channels
+        channels = layer4, width, layer2, layer3, layer4              # of INPUTS
+        self.adapt = nn.ModuleDict()
         for k in self.genotype.inputs():
             if channels[k] != width:
                 self.adapt[INPUTS[k]] = conv_bn_relu(channels[k], width)
@@ -454,10 +454,12 @@ class DynamicCell(nn.Module):
         return dec, self.classifier(dec, layer1)
 
 
+DECODER = "decoder"                                       # stands in place of a genotype
+
+
 class DecoderCell(nn.Module):
-    """A copy of the static network's decoder, used as a cell that ignores the previous frame. [ours] It is
-    trained alone and end to end by the same steps as the cells, so the difference shows what a cell's
-    structure is worth. Its text, in place of a genotype, is "decoder"."""
+    """[ours] A copy of the static network's decoder, used as a cell that ignores the previous frame. It is
+    trained by the same steps as the cells, so the difference shows what a cell's structure is worth."""
 
     def __init__(self, static):
         super().__init__()
@@ -469,11 +471,7 @@ class DecoderCell(nn.Module):
         return self.static.classifier
 
     def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
-        """As DynamicCell's. layer1 may be missing where the decoder doesn't use it, as arch2's."""
         return self.static.decode((layer1, layer2, layer3, layer4))
-
-
-DECODER = "decoder"                                       # stands in place of a genotype
 
 
 def make_cell(genotype, static, past=True):
@@ -483,21 +481,23 @@ def make_cell(genotype, static, past=True):
     return DynamicCell(genotype, static.num_classes, past, static)
 
 
+# ---- Sect. 3.1, 4: the network over a video -------------------------------------------------------------
+
 State = collections.namedtuple("State", "layer4 dec")     # what a frame passes on to the next one
 
 
 class VideoSegmenter(nn.Module):
-    """The network over a video (Sect. 3.1, 4). The static network segments a key frame; on every later frame
-    its encoder runs alone, and the cell takes the decoder's place:
+    """The static network segments a key frame; on every later frame its encoder runs alone, and the cell
+    takes the decoder's place:
 
         frame 0:   dec_0, pred_0 = decoder(layer1_0 .. layer4_0)
         frame t:   dec_t, pred_t = cell(layer4_(t-1), dec_(t-1), layer2_t, layer3_t, layer4_t)
 
     So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again.
 
-    cell=None is the per-frame baseline: every frame is a key frame. `segment` and `probabilities` pad a
-    frame's shorter side to `pad` pixels, as in training (Sect. 4.1: 400 for CamVid's 480x360). `load` sets
-    .classes (a list of names) and .palette ((C, 3) uint8, RGB)."""
+    cell=None is the per-frame baseline: every frame is a key frame. `segment` and `probabilities` pad
+    every side of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to 480x400 for CamVid). `load`
+    sets .classes (a list of names) and .palette ((C, 3) uint8, RGB)."""
 
     def __init__(self, static, cell, pad=0):
         super().__init__()
@@ -509,26 +509,23 @@ class VideoSegmenter(nn.Module):
         """A checkpoint of train.py (static.pt, cell-0.pt, ...) -> the whole network, float32, in eval mode.
         Nothing else is needed. Raises InputError naming the file if it holds no finished network."""
         saved = files.load(path)
-        if not isinstance(saved, dict) or not {"static", "classes", "palette"} <= saved.keys():
-            raise InputError(f"{path}: holds no whole network; take a run's static.pt or cell-0.pt")
-        if "optimizers" in saved:
-            raise InputError(f"{path}: is not finished; run the command that started it again")
+        whole = isinstance(saved, dict) and {"static", "classes", "palette"} <= saved.keys()
+        if not whole or "optimizers" in saved:            # optimizers: a training that was interrupted
+            raise InputError(f"{path}: no finished network; take static.pt or cell-0.pt of a finished run")
         try:
-            static, cell = STATICS[saved.get("network", Arch2.name)](len(saved["classes"])), None
+            static = STATICS[saved.get("network", "arch2")](len(saved["classes"]))
+            video = cls(static, None, (saved.get("recipe") or {}).get("input_pad", 0)).eval()
             if "cell" in saved:
-                cell = make_cell(saved.get("genotype"), static, saved.get("past", True))
+                video.cell = make_cell(saved.get("genotype"), static, saved.get("past", True)).eval()
         except (KeyError, ValueError) as error:           # no entry of STATICS, or not a genotype
             raise InputError(f"{path}: holds an unknown network ({brief(error)})") from None
-        files.fill(static, saved["static"], path)         # float32, also from tensors in half precision
-        if cell is not None:
-            files.fill(cell, saved["cell"], path)
-        video = cls(static, cell, (saved.get("recipe") or {}).get("input_pad", 0)).eval()
+        for name, module in video.named_children():       # static, and cell if it has one
+            files.fill(module, saved[name], path)         # float32, also from tensors in half precision
         video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
         return video
 
     def decode(self, features, state):
-        """A frame's features and the previous frame's state (None: this is a key frame)
-        -> logits (B, C, h, w), at 1/8 for arch2, new state."""
+        """A frame's features, the previous frame's state -> as `step`."""
         if state is None or self.cell is None:
             dec, logits = self.static.decode(features)
         else:
@@ -540,10 +537,8 @@ class VideoSegmenter(nn.Module):
         last step returned (None: a key frame of every stream) -> logits (B, C, h, w), at 1/8 for arch2, new
         state. Raises ValueError when the state belongs to frames of another size."""
         features = self.static.encode(image)
-        if state is not None:
-            layer4, dec = features[3], features[1]                    # dec has layer2's size
-            if state.layer4.shape != layer4.shape or state.dec[:, 0].shape != dec[:, 0].shape:
-                raise ValueError("the state belongs to a frame of another size; start with state=None")
+        if state is not None and state.dec[:, 0].shape != features[1][:, 0].shape:        # both are at 1/8
+            raise ValueError("the state belongs to a frame of another size; start with state=None")
         return self.decode(features, state)
 
     def forward(self, frames, key_frame_every=0):
@@ -560,144 +555,76 @@ class VideoSegmenter(nn.Module):
             logits.append(pred)
         return torch.stack(logits, dim=1)
 
-    @torch.no_grad()
     def segment(self, image, state=None):
-        """One frame of a stream, from pixels to labels, in eval mode.
-
-        image    (H, W, 3) uint8, RGB, a tensor or numpy array
-        state    what the last call returned; None: this is a key frame
-        returns  labels (H, W) uint8 on the module's device, and the new state
-
+        """One frame of a stream: pixels (H, W, 3) uint8, RGB, a tensor or numpy array, and the state that the
+        last call returned (None: a key frame) -> labels (H, W) uint8 on the module's device, new state.
         Raises ValueError when the image or the state can't be used, or in training mode."""
         logits, state = self._logits(image, state)
         return logits.argmax(dim=0).to(torch.uint8), state
 
-    @torch.no_grad()
     def probabilities(self, image, state=None):
         """As `segment`, but returns probabilities (C, H, W), float32, which sum to 1 over the classes."""
         logits, state = self._logits(image, state)
         return logits.float().softmax(dim=0), state
 
+    @torch.no_grad()
     def _logits(self, image, state):
         """(H, W, 3) uint8 -> logits (C, H, W) at the image's size, new state."""
-        image = self._check_frame(image)
-        H, W = image.shape[:2]
-        like = next(self.static.parameters())                         # has the device and the dtype
+        if self.training or any(part.training for part in self.children()):
+            raise ValueError("segment() and probabilities() need eval mode: call .eval() first")
+        kind, shape = getattr(image, "dtype", type(image)), tuple(getattr(image, "shape", ()))
+        if kind not in (torch.uint8, np.uint8) or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError(f"an image must be (H, W, 3) uint8, RGB, tensor or array; got {kind} {shape}")
+        if not torch.is_tensor(image):
+            image = torch.from_numpy(np.array(image))     # a copy, as a view may be read-only or reversed
+        H, W, _ = shape
+        like = next(self.static.parameters())             # has the device and the dtype
         x = normalise(image[None].to(like.device))                    # (1, 3, H, W)
         x, _ = pad(x, torch.zeros(1, H, W), self.pad)                 # (1, 3, H', W')
         x = x.to(like.dtype).contiguous(memory_format=torch.channels_last)
         logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8) for arch2
-        logits = resize(logits, x.shape[-2:])                         # (1, C, H', W')
+        logits = resize(logits, x.shape[-2:])[0]                      # (C, H', W')
         top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2      # where `pad` has put the image
-        return logits[0, :, top:top + H, left:left + W], state        # (C, H, W)
-
-    def _check_frame(self, image):
-        if self.training or any(part.training for part in self.children()):
-            raise ValueError("segment() and probabilities() need eval mode: call .eval() first")
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            image = torch.from_numpy(image.copy())        # a view may be read-only or reversed
-        pixels = torch.is_tensor(image) and image.dtype == torch.uint8 and image.dim() == 3
-        if not pixels or image.shape[2] != 3 or image.numel() == 0:
-            kind, shape = getattr(image, "dtype", type(image).__name__), tuple(getattr(image, "shape", ()))
-            raise ValueError(f"an image must be (H, W, 3) uint8, RGB, tensor or array; got {kind} {shape}")
-        return image
+        return logits[:, top:top + H, left:left + W], state           # (C, H, W)
 
 
-# --------------------------------------------------------------------------------------------------
-# Cells by name
-
-CELLS = {
-    # Made by hand. Each is one idea of how to reuse the previous frame.
-    # The previous dec, unchanged: the least a cell can do.
-    "propagate": [("dec_prev", "dec_prev", "skip", "zero", "sum")],
-    # The previous dec moved by offsets that see both frames, plus the current one: GRFP [20], NetWarp [9].
-    "warp": [("dec_prev", "layer2", "skip", "skip", "concat"),
-             ("node0", "layer4", "deform3x3", "skip", "sum")],
-    # Filters from the current frame: Li [14].
-    "predictive": [("layer2", "dec_prev", "skip", "skip", "predictive")],
-    # One affine motion for the whole image [11], joined with the current layers.
-    "affine": [("dec_prev", "layer2", "skip", "skip", "affine"),
-               ("node0", "layer4", "skip", "skip", "concat")],
-    # How much of the previous dec to keep beside the current layers, per pixel and channel.
-    "attention": [("layer2", "layer3", "sep3x3", "sep3x3", "concat"),
-                  ("layer4", "node0", "sep3x3", "sep3x3", "concat"),
-                  ("dec_prev", "node1", "sep3x3", "sep3x3", "attention")],
-    # The previous dec concatenated with the current layers, without any motion.
-    "concat": [("dec_prev", "layer2", "skip", "skip", "concat"),
-               ("layer3", "layer4", "skip", "skip", "concat")],
-    # [ours] Reconstructions of the published cells, NOT the originals: Fig. 7 is a picture that we don't
-    # have. Every statement in the paper's text about a cell holds for its reconstruction, and so does the
-    # size in Table 5. Random search found them, with a preference for cheap ones. cell3 was then rearranged
-    # by hand to be cheaper.
-    "cell0": [("dec_prev", "layer2", "skip", "skip", "concat"),  # CamVid, +0.50 M, also attention
-              ("layer4", "layer3", "deform3x3", "sep5x5", "attention"),
-              ("node1", "layer4", "conv3x3_r12", "conv3x3_r3", "concat"),
-              ("node1", "node2", "conv3x3_r3", "conv3x3", "attention"),
-              ("layer4", "node3", "conv3x3", "conv3x3_r3", "concat")],
-    "cell1": [("layer3", "layer4", "sep3x3_r3", "conv3x3_r3", "conv3d"),  # CamVid, +0.34 M, also conv3d
-              ("node0", "layer4", "conv3x3_r12", "conv3x3", "concat"),
-              ("dec_prev", "layer2", "conv1x1", "skip", "concat"),
-              ("node1", "layer4", "conv1x1", "gap", "concat"),
-              ("node3", "layer4", "conv1x1", "deform3x3", "concat")],
-    "cell2": [("layer3", "layer4", "conv3x3_r12", "conv3x3", "concat"),  # CityScapes, +0.39 M, also conv3d
-              ("layer4", "layer2", "conv3x3_r3", "conv1x1", "concat"),
-              ("layer4", "node0", "deform3x3", "conv3x3_r3", "conv3d"),
-              ("dec_prev", "node2", "skip", "conv3x3_r3", "concat")],
-    "cell3": [("dec_prev", "layer2", "conv3x3_r3", "conv3x3", "affine"),  # CityScapes, +0.45 M, also affine
-              ("layer4", "layer3", "deform3x3", "conv3x3", "concat"),
-              ("node1", "layer4", "deform3x3", "conv3x3", "concat"),
-              ("node2", "layer3", "deform3x3", "deform3x3", "concat")],
-}
-CELLS = {name: Genotype(layers) for name, layers in CELLS.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# Table 5, which `python dyncell.py` prints
-
-def print_frames(title, image, num_classes, names, repeats):
-    """Prints a row for each way to process a frame: the encoder alone, each static network, and for each name
-    in CELLS the encoder and that cell, as on a later frame. Inference: batch norms folded, channels_last."""
-    def prepared(module):
-        return fold_batchnorm(module).to(image.device, memory_format=torch.channels_last)
-
-    static, image = Arch2(num_classes), image.to(memory_format=torch.channels_last)
-    arch2 = prepared(static)
-    _, state = VideoSegmenter(arch2, None).step(image)
-    counts = {"encoder alone": parameters(static.encoder)}
-    calls = {"encoder alone": functools.partial(arch2.encode, image)}
-    for name, network in STATICS.items():
-        whole = network(num_classes)
-        counts[name], calls[name] = parameters(whole), functools.partial(prepared(whole), image)
-    for name in names:
-        cell = DynamicCell(CELLS[name], num_classes)
-        later = VideoSegmenter(arch2, prepared(cell))
-        counts[f"arch2 + {name}"] = parameters(static) + parameters(cell)
-        calls[f"arch2 + {name}"] = functools.partial(later.step, image, state)
-    ms = milliseconds_in_turn(calls, repeats, image.device)
-    print(f"\n{title:24} {'parameters':>11} {'G mult-adds':>12} {'ms':>8} {'/ encoder':>10} {'/ arch2':>8}")
-    for name, call in calls.items():
-        print(f"{name:24} {counts[name]:11,} {multiply_adds(call) / 1e9:12.2f} {ms[name]:8.1f} "
-              f"{ms[name] / ms['encoder alone']:10.2f} {ms[name] / ms['arch2']:8.2f}")
-
+# ---- Table 5, which `python dyncell.py` prints ----------------------------------------------------------
 
 @torch.no_grad()
 def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
-    """The static networks and the cells at the frame sizes (height, width) of both datasets."""
+    """Prints Table 5 at the frame sizes (height, width) of both datasets. A row is one way to process a
+    frame: the encoder alone, a static network, or, on a later frame, a cell."""
     print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms "
           "folded and\nchannels_last. 'arch2 + ...': a later frame. cell0 to cell3 are reconstructions. "
           "Times are medians of\ncalls made in turn.")
-    print_frames("CamVid", torch.randn(1, 3, *camvid, device=device), 11, CELLS, 9)
     some = "propagate", "cell2", "cell3"
-    print_frames("CityScapes", torch.randn(1, 3, *cityscapes, device=device), 19, some, 3)
+    for title, size, num_classes, names, repeats in (("CamVid", camvid, 11, CELLS, 9),
+                                                     ("CityScapes", cityscapes, 19, some, 3)):
+        image = torch.randn(1, 3, *size, device=device).to(memory_format=torch.channels_last)
+        modules = {name: network(num_classes) for name, network in STATICS.items()}
+        arch2, calls = modules["arch2"], {}
+        modules = {"encoder alone": arch2.encoder, **modules}
+        for name in names:
+            modules[f"arch2 + {name}"] = VideoSegmenter(arch2, DynamicCell(CELLS[name], num_classes))
+        for name, module in modules.items():
+            ready = fold_batchnorm(module).to(device, memory_format=torch.channels_last)
+            calls[name] = functools.partial(ready, image)
+            if isinstance(ready, VideoSegmenter):
+                _, state = ready.step(image)
+                calls[name] = functools.partial(ready.step, image, state)
+        ms = milliseconds_in_turn(calls, repeats, device)
+        print(f"\n{title:24}  parameters  G mult-adds       ms  / encoder  / arch2")
+        for name, call in calls.items():
+            count, time = parameters(modules[name]), ms[name]
+            print(f"{name:24} {count:11,} {multiply_adds(call) / 1e9:12.2f} {time:8.1f} "
+                  f"{time / ms['encoder alone']:10.2f} {time / ms['arch2']:8.2f}")
     print("Paper, on a 1080Ti: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57. The encoder alone is the floor of a "
           "later frame.")
 
 
 def main(arguments=None):
     import argparse
-    parser = argparse.ArgumentParser(description=(
-        "Prints Table 5: parameters, multiply-adds and time per frame of the static networks and of every "
-        "cell in CELLS, at the sizes of CamVid and CityScapes. It takes about a minute on one core."))
+    parser = argparse.ArgumentParser(description="Prints Table 5. It takes about a minute on one core.")
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
     print_table_5(usable_device(parser.parse_args(arguments).device))
 

@@ -43,8 +43,8 @@ def begin(model, recipe, classes):
     _, state = find(path, "features.0.0.weight", ENCODER)
     try:
         model.encoder.load_imagenet(state)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: {brief(error)}; {ENCODER}") from None
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not torchvision's ({brief(error)}); {ENCODER}") from None
     return f"the encoder starts from {path}"
 
 
