@@ -138,7 +138,7 @@ def found(run, strategy):
         chosen.append(Network(name, f"{name}, {title}", genotype))
         looks_back = set(genotype.inputs()) & {0, 1}              # layer4 or dec of the previous frame
         if genotype == best[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
-            chosen.append(Network(f"{name}-without-past", f"{name}, without the past", genotype, past=False))
+            chosen.append(Network(f"{name}-without-past", f"{name} without the past", genotype, past=False))
     if run.recipe.median_cell and strategy == "random":
         for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
             chosen.append(Network(name, "random search's median cell", genotype))
@@ -162,7 +162,7 @@ def named(run):
 def networks(run):
     """The networks that finetune trains and evaluate scores, in the table's order. Rank 0 decides for all
     processes."""
-    chosen = [Network("baseline", "baseline, fine-tuned as long")]
+    chosen = [Network("baseline", "baseline, fine-tuned")]
     if run.rank == 0:
         for strategy in strategies(run.recipe):
             chosen += found(run, strategy)

@@ -223,6 +223,9 @@ def open_run(command, recipe_for):
         static = STATICS[run.recipe.static_network](run.num_classes)
         weights.begin(static, run.recipe, data.DATASETS[run.recipe.dataset].classes)      # or it raises
     find_data(run, given)                    # here the other processes wait for the first
+    if command.network:                      # is scored on the data alone: the folder is not touched
+        yield run
+        return
     check_folder(run)
     for stage in command.stages:
         if not (stage == "pretrain" and run.finished("static")):

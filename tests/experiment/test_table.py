@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from whole_run import arguments_of, copy_of, make_few, make_small, small, smoke
+from whole_run import arguments_of, content_of, copy_of, make_few, make_small, small, smoke
 
 import data
 import train
@@ -67,20 +67,11 @@ def test_the_networks_are_baseline_best_cells_without_past_random_ones_and_named
     assert [network.name for network in found if not network.past] == ["cell-0-without-past"]
     assert [network.name for network in found if network.control] == [
         "baseline", "cell-0-without-past", "cell-decoder"]
-    assert [network.title for network in found[::7]] == ["baseline, fine-tuned as long", "own"]
+    assert [network.title for network in found] == [
+        "baseline, fine-tuned", "cell-0, PPO", "cell-0 without the past", "cell-1, PPO",
+        "random-0, random search", "warp", "the static decoder as the cell", "own"]
     assert names(run, search_strategy="random", cell=()) == ["baseline", "random-0"]
     assert names(run, cells=0, cell=("concat",)) == ["baseline", "cell-concat"]
-
-
-def test_the_random_searchs_median_cell_keeps_its_name_too(run):
-    write_log(run, "random.jsonl", [("ok", reward, [(loc, 0, 0, 0, 0), (2, 5, 0, 0, 0)])
-                                    for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
-    assert names(run, search_strategy="random", cells=1, median_cell=True) == [
-        "baseline", "random-0", "random-median-0"]
-    assert networks.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
-    trained(run, "random-median-0", BLIND)                                # of a shorter search
-    assert names(run)[2:] == ["random-median-0", "random-median-1"]
-    assert networks.networks(run)[2].genotype == Genotype(BLIND)
 
 
 def test_seeds_cells_without_a_past_and_fewer_candidates(run):
@@ -102,15 +93,15 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
         networks.networks(run)
 
 
-def test_name_equals_genotype_names_a_row(run, tmp_path):
+def test_name_equals_genotype_names_a_row(tmp_path):
     """For every form of a cell, and as a recipe keeps it. Without a name: test_cases.py."""
     genotype, path = Genotype(BEST), tmp_path / "x.json"
     path.write_text(genotype.to_json())
     for text in (genotype, genotype.to_json(), genotype.to_tokens(), path):
         assert networks.cell_of(f"past={text}") == ("past", genotype)
         assert networks.cell_texts([f"past={text}", f"past = {text}"]) == (f"past={genotype}",)
-    assert networks.cell_of("w2=warp") == ("w2", CELLS["warp"])
-    assert networks.cell_texts(["d2=decoder", "warp=warp"]) == ("d2=decoder", "warp")
+    assert networks.cell_texts(["d2=decoder", "warp=warp", "w2=warp"]) == (
+        "d2=decoder", "warp", f"w2={CELLS['warp']}")
     assert networks.cell_of("".join(str(genotype).split()))[0].startswith("custom-")      # "node0=..."
     for arguments, said in ((["0=warp"], "be a name"), (["a-seed1=warp"], "invalid"), (["x="], "invalid"),
                             (["warp=concat"], "another cell"), (["decoder=warp"], "another cell"),
@@ -121,12 +112,22 @@ def test_name_equals_genotype_names_a_row(run, tmp_path):
 
 @pytest.mark.parametrize("of", ["", "-alone"])
 def test_a_trained_cell_keeps_its_name(run, of):
-    """Also when a better one is found; and no other cell may take it by --cell."""
+    """Also when a better one is found, or another one is random search's median; and no other cell may take
+    it by --cell."""
     trained(run, f"cell-0{of}", BLIND)
     write_log(run, "search.jsonl", CANDIDATES)
     cells = {network.name: network.genotype for network in networks.networks(run) if network.genotype}
     best = Genotype(BEST)
     assert cells == {"cell-0": Genotype(BLIND), "cell-1": best, "cell-1-without-past": best}
+
+    write_log(run, "random.jsonl", [("ok", reward, [(loc, 0, 0, 0, 0), (2, 5, 0, 0, 0)])
+                                    for loc, reward in enumerate((0.2, 0.5, 0.1, 0.4, 0.3))])
+    assert names(run, search_strategy="random", cells=1, median_cell=True)[2:] == ["random-median-0"]
+    assert networks.networks(run)[2].genotype == Genotype([(4, 0, 0, 0, 0), (2, 5, 0, 0, 0)])      # 0.3
+    trained(run, f"random-median-0{of}", BLIND)                           # of a shorter search
+    assert names(run)[2:] == ["random-median-0", "random-median-1"]
+    assert networks.networks(run)[2].genotype == Genotype(BLIND)
+
     trained(run, f"cell-x{of}", BLIND)
     assert names(run, cells=0, cell=(f"x={Genotype(BLIND)}",)) == ["baseline", "cell-x"]
     with pytest.raises(InputError, match="--cell x: .*cell-x.pt"):
@@ -147,7 +148,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
+def test_the_table_has_a_row_of_every_network_and_key_frame_interval(smoke):
     """The best is the cell that is best on val, and no control."""
     out, results = (smoke.parent / "run.out").read_text(), results_of(smoke)
     rows = results["rows"]
@@ -160,24 +161,30 @@ def test_the_table_has_a_row_of_every_network_and_key_frame_distance(smoke):
     for row in rows:
         line = next(line for line in out.splitlines() if line.startswith(f"{row['title']:38}"))
         assert 0 < row["test"]["miou"] < 1 and 0 <= row["test"]["consistency"] <= 1
-        assert row["ms_later_frame"] > 0 and row["multiply_adds"] > 0
         assert row["ms_sequence"] == row["ms_clip"] == row["ms_key_frame"]            # all are 1 here
         assert f" {100 * row['test']['miou']:.1f} " in out and f"{row['parameters']:,}" in line
         assert all(iou is None or 0 <= iou <= 1 for iou in row["val"]["iou"].values())
     assert len({row["test"]["miou"] for row in rows}) > 5                 # the test sees more than one answer
     assert results["best"] == max(rows[2], rows[6], key=lambda row: row["val"]["miou"])["name"]
-    assert results["reported"] == "test"
 
 
-def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, capsys):
-    """Before its last row, or after it and before its end."""
-    folder = copy_of(smoke, tmp_path)
-    rows = results_of(smoke)["rows"]
-    for kept in (rows[:-1], rows):
-        (folder / "results.json").write_text(json.dumps({"rows": kept}))
-        train.main([*arguments_of(folder), "--stage", "evaluate"])
-        assert capsys.readouterr().out.count("evaluate: random-0, key frame ") == len(rows) - len(kept)
-        assert results_of(folder) == results_of(smoke)
+@pytest.mark.parametrize("rows", [7, 8])
+def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, monkeypatch, capsys, rows):
+    """Before its last row, or after it and before its end. Other recipes' rows are scored again. The command
+    that is printed last can be pasted."""
+    folder, scored = copy_of(smoke, tmp_path).rename(tmp_path / "it's my run"), []
+    before, evaluate_video = results_of(smoke), train.evaluate_video
+    monkeypatch.setattr(train, "evaluate_video", lambda *a: scored.append(a[2:]) or evaluate_video(*a))
+    kept = before["rows"][:rows]
+    kept[0] = {**kept[0], "made_with": "another"}
+    (folder / "results.json").write_text(json.dumps({"rows": kept}))
+    train.main([*arguments_of(folder), "--stage", "evaluate"])
+    assert scored == [("val", 1), ("test", 1)] + [("val", 3), ("test", 3)] * (rows == 7)
+    after = results_of(folder)
+    assert after["best"] == before["best"]
+    assert sorted(after["rows"], key=str) == sorted(before["rows"], key=str)
+    words = shlex.split(capsys.readouterr().out.rpartition("python ")[2])
+    assert words[words.index("--run") + 1] == str(folder)
 
 
 def a_row(run, iou, **more):
@@ -188,62 +195,48 @@ def a_row(run, iou, **more):
     return {**row, **more}
 
 
-def test_what_was_not_measured_is_no_zero(run, capsys):
-    """Not one labelled pixel: every IoU is NaN. A class that is never labelled is named."""
+def test_what_was_not_measured_is_no_zero_and_times_of_two_machines_are_told_apart(run, capsys):
+    """Not one labelled pixel: every IoU is NaN."""
     classes = data.Synthetic.classes
-    row = a_row(run, dict.fromkeys(classes, math.nan))
-    assert row["test"]["miou"] is None and row["test"]["consistency"] is None
-    frames = run.frames("test")
-    frames.labels[frames.labels == 2] = data.IGNORE
-    table.print_table({"rows": [row], **table.reported(run)})
-    out = capsys.readouterr().out
-    assert " 0.0 " not in out and f"is labelled {classes[2]};" in out and "Table 3" in out
+    first = a_row(run, dict.fromkeys(classes, math.nan))
+    assert first["test"]["miou"] is None and first["test"]["consistency"] is None
     assert a_row(run, dict.fromkeys(classes, 0.0))["test"]["miou"] == 0
-
-
-def test_times_of_two_machines_are_told_apart(run, capsys):
-    rows = [a_row(run, {"car": 0.5}), a_row(run, {"car": 0.5}, machine="there", title="another")]
+    rows = [first, a_row(run, dict.fromkeys(classes, math.nan), machine="there", title="another")]
     for shown, marks in ((rows, "12"), (rows[:1], "")):
-        table.print_table({"rows": shown, "reported": "val", "never_labelled": [], "dataset": "cityscapes"})
+        table.print_table({"rows": shown, "reported": "test"})
         out = capsys.readouterr().out
         lines = [line for line in out.splitlines() if line.startswith(("a title", "another"))]
         assert [line[-3:] for line in lines[:2] if line.endswith("]")] == [f"[{mark}]" for mark in marks]
-        assert ("[1] here; [2] there" in out) == bool(marks) and "Table 4" in out
+        assert ("[2] on there" in out) == bool(marks) and " 0.0 " not in out
 
 
-def test_a_checkpoint_alone_reproduces_its_row(smoke, small, tmp_path, capsys):
-    """On data in the run's recipe, in a folder without trainings."""
-    run = Run(tmp_path, recipe_for("synthetic", "smoke", key_frames=(0, 3)), device="cpu")
+def test_a_checkpoint_alone_reproduces_its_row_and_leaves_no_file(smoke, small, tmp_path, capsys):
+    """On the data, in a folder without trainings, and without the encoder's weights."""
+    flags = ["--dataset", "synthetic", "--schedule", "smoke", "--key-frames", "0", "3", "--encoder-weights",
+             "nowhere", "--run", str(tmp_path), "--stage", "evaluate", "--network"]
     for name in ("cell-0", "static"):
-        table.evaluate_network(run, smoke / f"{name}.pt", train.evaluate_video)
-        out = capsys.readouterr().out
+        train.main([*flags, str(smoke / f"{name}.pt")])
+        out = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
         for row in results_of(smoke)["rows"]:
             if row["name"] == name:
-                scores = [table.percent([row], "test", key) for key in ("miou", "consistency")]
-                assert " ".join([table.interval(row["key_frame_every"]), *scores]) in " ".join(out.split())
-    classes = data.Synthetic.classes
-    run.frames("val").dataset.classes = [*classes[1:], classes[0]]
-    with pytest.raises(InputError, match="cell-0.pt: its classes"):
-        table.evaluate_network(run, smoke / "cell-0.pt", train.evaluate_video)
+                interval = {0: "first only", 1: "every", 3: "every 3"}[row["key_frame_every"]]
+                scores = [f"{100 * row['test'][key]:.1f}" for key in ("miou", "consistency")]
+                assert any(line.startswith(" ".join([name, interval, *scores])) for line in out)
+    assert content_of(tmp_path) == {}
+    other = files.load(smoke / "cell-0.pt")
+    files.save(tmp_path / "other.pt", {**other, "classes": other["classes"][::-1]})
+    with pytest.raises(InputError, match="other.pt: its classes"):
+        train.main([*flags, str(tmp_path / "other.pt")])
 
 
-def test_the_command_that_is_printed_can_be_pasted(run, capsys):
-    run.folder = run.folder / "it's my run"
-    table.print_next(run, "evaluate")
-    words = shlex.split(capsys.readouterr().out.rpartition("python ")[2])
-    assert words[words.index("--run") + 1] == str(run.folder)
-
-
-@pytest.mark.parametrize("apart, expected", [(1, [3, 7, 2, 6]), (4, [3, 7]), (3, [3, 7, 2]), (20, [7])])
-def test_examples_are_the_frames_that_differ_most_one_of_every_few(run, apart, expected):
+def test_examples_are_the_frames_of_each_quarter_that_differ_most(run):
     """In the share of their labelled pixels. No other label maps are kept: on CityScapes each has two million
     pixels. An unlabelled frame, which the baseline leaves out, is no example."""
-    frames = run.frames("test")                                           # 2 clips of 4
+    frames = run.frames("test")                                           # 2 clips of 4, so quarters of 2
     frames.labels[:] = 0
     frames.labels[:, 40:] = data.IGNORE                                   # 40 of 48 rows are labelled
-    if apart == 20:
-        frames.list[3] = data.Frame(frames.list[3].image, None)
-    living, most = {}, 0
+    frames.list[3] = data.Frame(frames.list[3].image, None)
+    living, most = [], 0
 
     def predictions(which, height):
         nonlocal most
@@ -253,27 +246,27 @@ def test_examples_are_the_frames_that_differ_most_one_of_every_few(run, apart, e
             pred = torch.zeros_like(label)
             pred[:height * (k % 4 + 1)] = 1                               # a clip's later frames differ more
             pred[40:] = height                                            # ignored
-            living[which, k] = weakref.ref(pred)
+            living.append(weakref.ref(pred))
             yield k, pred, label
             del pred
-            most = max(most, sum(there() is not None for there in living.values()))
+            most = max(most, sum(there() is not None for there in living))
 
-    both = predictions("baseline", 0), predictions("cell", 1)
-    chosen = table.differing_frames(frames, *both, "cell-0", apart=apart)
+    chosen = table.differing_frames(frames, predictions("baseline", 0), predictions("cell", 1), "cell-0")
+    expected = [1, 2, 5, 7]
     assert chosen["names"] == [f"{k // 4:03d}_{k % 4:04d}" for k in expected]
     assert chosen["cell"][:, :40].sum((1, 2)).tolist() == [64 * (k % 4 + 1) for k in expected]
     assert chosen["differ"] == [(k % 4 + 1) / 40 for k in expected]
-    assert most <= 2 * (8 // apart + 1) + 3                               # and those at hand
+    assert most <= 2 * 4 + 3                                              # and those at hand
 
 
 # ---- time
 
 @pytest.mark.parametrize("every, sequence, clip", [(0, 6, 5), (3, 6, 6.5), (1, 10, 10), (2, 8, 7), (9, 6, 5)])
-def test_mean_times_by_hand(run, monkeypatch, every, sequence, clip):
+def test_mean_times_by_hand(every, sequence, clip):
     """Table 5's: a key frame takes 10 ms, a later one 4. A sequence of three, clips of four and of eight."""
-    monkeypatch.setattr(run.frames("test"), "clips", lambda: [list(range(4)), list(range(4, 12))])
-    means = table.mean_times(run, {"ms_key_frame": 10.0, "ms_later_frame": 4.0}, every)
-    assert means == pytest.approx({"ms_sequence": sequence, "ms_clip": clip})
+    costs = {"ms_key_frame": 10.0, "ms_later_frame": 4.0}
+    assert table.mean_ms(costs, every, [3]) == pytest.approx(sequence)
+    assert table.mean_ms(costs, every, [4, 8]) == pytest.approx(clip)
 
 
 def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(run, monkeypatch):
@@ -309,9 +302,8 @@ def test_latency_is_a_factor_of_the_reward(run, monkeypatch):
     static = Arch2(6).eval()
     with torch.no_grad():
         _, layer2, layer3, layer4 = features = static.encode(torch.rand(2, 3, 48, 64))
-        dec, _ = static.decode(features)
-    stored = types.SimpleNamespace(maps={"layer2": layer2.half(), "layer3": layer3.half(),
-                                         "layer4": layer4.half(), "dec": dec.half()})
+        maps = {"layer2": layer2, "layer3": layer3, "layer4": layer4, "dec": static.decode(features)[0]}
+    stored = types.SimpleNamespace(maps={name: x.half() for name, x in maps.items()})
     for weight, target, reward in ((0.0, 1.0, 0.6), (0.5, 1.0, 0.3), (0.5, 0.0, 1.2)):
         run.recipe.latency_weight, run.recipe.latency_target, entry = weight, target, {"reward": 0.6}
         table.weigh_latency(run, Genotype(BEST), static, stored, entry)
@@ -321,7 +313,7 @@ def test_latency_is_a_factor_of_the_reward(run, monkeypatch):
 # ---- a finished run is added to
 
 def test_what_is_compared_may_change_and_what_stands_stays(smoke, small, tmp_path, capsys):
-    """More candidates, a second cell, a cell by name, another key-frame distance. A better cell is found,
+    """More candidates, a second cell, a cell by name, another key-frame interval. A better cell is found,
     and the first keeps its name."""
     folder = copy_of(smoke, tmp_path)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
@@ -370,7 +362,6 @@ def test_named_cells_and_seeds_need_no_search(smoke, small, tmp_path, capsys):
     assert rows["static"]["test"] == rows["baseline"]["test"] != rows["cell-attention"]["test"]
     assert not torch.equal(cell["cell"]["classifier.bias"], other["cell"]["classifier.bias"])
     scores = [100 * rows[name]["test"]["miou"] for name in ("cell-attention", "cell-attention-seed1")]
-    assert "mean ± standard deviation over seeds" in out
     assert f"{np.mean(scores):.1f} ±{np.std(scores, ddof=1):.1f}" in out
 
 
@@ -382,22 +373,17 @@ def imitate(dataset, root):
     for split in ("train", "val", "test"):
         for c, clip in enumerate(source.clips[:4 if split == "train" else 2]):
             for t, frame in enumerate(clip[:4 if dataset == "camvid" else 2]):
-                image, label = source.read(frame)
+                (image, label), name = source.read(frame), f"clip{c}_{30 * t:06d}.png"
                 if dataset == "camvid":
-                    name = f"clip{c}_{30 * t:06d}.png"
-                    save(root / split / name, image)
-                    save(root / f"{split}annot" / name, label)
-                else:
-                    name = f"ulm_{c:06d}_{18 + t:06d}"
-                    save(root / "leftImg8bit_sequence" / split / "ulm" / f"{name}_leftImg8bit.png", image)
-                    if t == 1:               # only the second is annotated
-                        # labelIds 7, 8, 11 and 12 are classes, 9 and 10 not
-                        save(root / "gtFine" / split / "ulm" / f"{name}_gtFine_labelIds.png", label + 7)
-
-
-def save(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+                    files = {f"{split}/{name}": image, f"{split}annot/{name}": label}
+                else:                        # only the second frame is annotated
+                    place, name = f"{split}/ulm", f"ulm_{c:06d}_{18 + t:06d}"
+                    files = {f"leftImg8bit_sequence/{place}/{name}_leftImg8bit.png": image}
+                    if t == 1:               # labelIds 7, 8, 11 and 12 are classes, 9 and 10 not
+                        files[f"gtFine/{place}/{name}_gtFine_labelIds.png"] = label + 7
+                for path, pixels in files.items():
+                    (root / path).parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(root / path)
 
 
 @pytest.mark.parametrize("dataset, length, make", [("camvid", 3, make_few), ("cityscapes", 2, make_small)])
