@@ -11,15 +11,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from whole_run import calibrated, make_small, small, smoke
+from plain_network import Plain
+from whole_run import ARGUMENTS, calibrated, make_small, small, smoke
 
 import controller
 import data
+import dyncell
 import ops
 import train
 from controller import EarlyStop
 from data import meta_split
-from dyncell import Arch2, Classifier, Genotype, VideoSegmenter
+from dyncell import Arch2, Arch2Quarter, Classifier, Genotype, VideoSegmenter
 from experiment import networks, runs
 from experiment.networks import Network
 from train import FeatureCache, Recipe, recipe_for, static_outputs, unroll
@@ -817,3 +819,21 @@ def test_every_frame_is_decoded_once_and_an_unlabelled_one_is_not_for_the_baseli
     assert answered(answers)["miou"] == 1 and math.isnan(answered(Answers(answers.maps, cell))["consistency"])
     assert read == seen + seen and answers.precise == [True] * len(seen)
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+# ---- another static network
+
+@pytest.mark.parametrize("network", [Plain, Arch2Quarter])
+def test_another_static_network_goes_through_all_stages(network, tmp_path, small, monkeypatch):
+    """Sect. 3.1: the method is not tied to a concrete architecture. Plain has other widths than arch2, and
+    arch2-quarter predicts at 1/4, with layer1."""
+    monkeypatch.setitem(dyncell.STATICS, network.name, network)
+    run = tmp_path / "run"
+    train.main([*ARGUMENTS, "--static-network", network.name, "--encoder-weights", "none", "--run", str(run),
+                "--search-strategy", "ppo", "--cell", "decoder"])
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert {row["name"] for row in rows} >= {"static", "baseline", "cell-0", "cell-decoder"}
+    for name in ("static", "baseline", "cell-0", "cell-decoder"):
+        video = VideoSegmenter.load(run / f"{name}.pt")
+        labels, _ = video.segment(torch.zeros(48, 64, 3, dtype=torch.uint8))
+        assert type(video.static) is network and labels.shape == (48, 64)
