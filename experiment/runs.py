@@ -262,7 +262,8 @@ class Run:
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
         self.rank, self.world, self.local_world, self.store, self.progress = 0, 1, 1, None, None
-        self.expected, self._frames, self._source = {}, {}, None  # {stage: seconds}, by schedules.announce
+        self.expected, self.taken = {}, {}   # {stage: seconds}: by schedules.announce, by table.stage
+        self._frames, self._source = {}, None
         device = device or best_device()
         if launched() and device.startswith("cuda"):              # one GPU per process if possible
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"

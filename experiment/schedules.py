@@ -9,9 +9,10 @@ import torch
 
 import data
 from dyncell import STATICS
-from experiment.networks import strategies
+from experiment.networks import SEARCHES, strategies
 from util.errors import InputError
 from util.device import available, has_bf16
+from util.files import load, read_log
 from util.progress import duration
 
 NAMES = "paper", "short", "smoke"
@@ -71,13 +72,20 @@ SCHEDULES = {
 STORE, CELL, SCORE, END_TO_END, EVALUATE = 0.25, 0.15, 0.05, 0.7, 0.25
 
 
+def cells_of(recipe):
+    """How many cells of a recipe are trained, with each seed."""
+    r = recipe
+    found = r.cells * len(strategies(r)) + r.without_past + r.median_cell if r.cells else 0
+    return found + len(r.cell)
+
+
 def pixels_of(recipe, run):
     """{stage: pixels}, in units of a pixel of a pre-training step, that the stages of a recipe take."""
     r, frames = recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
     length, later, count = r.sequence_length, r.sequence_length - 1, frames["train"]
     frame = math.prod(run.frame_size())
     searches = len(strategies(r)) * r.search_candidates
-    cells = r.cells * len(strategies(r)) + len(r.cell) + (r.cells > 0 and r.without_past) + r.median_cell
+    cells = cells_of(r)
     labelled = count if length > 2 else count // 2                # CityScapes: every second frame
     alone = r.seeds * cells * r.cell_epochs * labelled * later * CELL
     end = r.seeds * (cells + 1) * r.end_epochs * labelled * length * END_TO_END
@@ -103,13 +111,35 @@ def seconds_per_pixel(run):
     return (time.time() - start) / (2 * 192 * 192)
 
 
+def left_of(run):
+    """{stage: the share of it that is still to do}, roughly, by what the run's folder holds."""
+    r, shares = run.recipe, {}
+    if run.path("static.pt").exists() and r.static_epochs:
+        shares["pretrain"] = len(load(run.path("static.pt"))["history"]) / r.static_epochs
+    logged = sum(len(read_log(run.path(SEARCHES[name][0]))) for name in strategies(r))
+    shares["search"] = logged / max(1, len(strategies(r)) * r.search_candidates)
+    made = [path for path in run.folder.glob("*.pt") if not path.stem.endswith("-alone")
+            and path.stem not in ("static", "controller", "examples")]
+    shares["finetune"] = len(made) / (r.seeds * (1 + cells_of(r)))
+    if run.path("results.json").exists():
+        shares["evaluate"] = "best" in load(run.path("results.json"))
+    return {stage: 1 - min(1, share) for stage, share in shares.items()}
+
+
+def seconds_of(run, stages):
+    """Seconds that these stages will take: as expected, times what the stages before took of theirs."""
+    before = sum(run.expected[stage] for stage in run.taken)
+    pace = sum(run.taken.values()) / before if before else 1
+    return pace * sum(run.expected[stage] for stage in stages)
+
+
 def announce(run, command, recipe_for):
     """Prints the first line of a run: its schedule and about how long its stages take here; and how to have
     the other schedule. Sets run.expected, {stage: seconds} of this command's stages."""
     r, dataset = run.recipe, run.recipe.dataset
-    speed = seconds_per_pixel(run) / run.world
-    run.expected = {stage: speed * run_pixels for stage, run_pixels in pixels_of(r, run).items()
-                    if stage in command.stages}
+    speed, left = seconds_per_pixel(run) / run.world, left_of(run)
+    run.expected = {stage: speed * pixels * left.get(stage, 1)
+                    for stage, pixels in pixels_of(r, run).items() if stage in command.stages}
     threads = f"{torch.get_num_threads()} threads"
     if run.world > 1:
         threads += f" in each of {run.world} processes"

@@ -15,7 +15,7 @@ import torch
 
 import data
 from dyncell import DECODER, VideoSegmenter, fold_batchnorm, make_cell
-from experiment import figures
+from experiment import figures, schedules
 from experiment.networks import SEARCHES, Network, networks, strategies
 from experiment.runs import fields_of
 from util.costs import milliseconds_in_turn, multiply_adds, parameters
@@ -72,14 +72,19 @@ def stage(run, name, stages):
     if missing:
         Progress.stage = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
         print(f"{name}: stage {number} of {len(stages)}", flush=True)
+        if run.expected and number < len(stages):
+            Progress.ends = start + schedules.seconds_of(run, [name])
+            Progress.after = schedules.seconds_of(run, stages[number:])
     try:
         with told(name, run.device):
             if missing:
                 data.each(run.frames, run.splits)                 # finds a broken file now
             yield missing
     finally:
-        Progress.stage = ""
-    took = f"done in {duration(time.time() - start)}" if missing else "nothing is missing"
+        Progress.stage, Progress.ends, Progress.after = "", 0, None
+    if missing:
+        run.taken[name] = time.time() - start
+    took = f"done in {duration(run.taken[name])}" if missing else "nothing is missing"
     print(f"{name}: {took}", flush=True)
     if run.rank == 0:
         for path in figures.draw(run.folder, name, again=missing):

@@ -44,8 +44,8 @@ def run_main(main, continues=False):
         sys.exit(128 + signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(sys.stdout, "reconfigure"):   # an ASCII-only terminal shows ? in place of ±
-        sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):   # an ASCII-only terminal shows ? in place of ±; a pipe each line
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except (InputError, OSError) as error:

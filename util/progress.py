@@ -11,6 +11,7 @@ class Progress:
     total: number of all steps, 0 if unknown; done: steps that were made before."""
 
     stage = ""                               # "[2/4] " in stage 2 of a command with four stages
+    ends = 0                                 # time when this stage is expected to end: it may have more lines
     after = None                             # seconds expected for the later stages, if known
 
     def __init__(self, title, total, done=0, unit=""):
@@ -31,8 +32,9 @@ class Progress:
         parts += [f"{name} {value:.4g}" for name, value in figures.items()]
         if done < self.total:
             left = pace * (self.total - done)
-            rest = "" if self.after is None else f", {duration(left + self.after)} of all stages"
-            parts.append(f"{duration(left)} left{rest}")
+            parts.append(f"{duration(left)} left")
+            if self.after is not None:
+                parts[-1] += f", {duration(max(left, self.ends - now) + self.after)} of all stages"
         self.say("  ".join(parts), end="" if self.tty and done != self.total else "\n")
 
     def show(self, done, total):
