@@ -28,10 +28,7 @@ import train
 from data import InputError
 from dyncell import Genotype
 from train import recipe_for
-from experiment import networks, table
-from experiment import options
-from experiment import runs
-from experiment import weights
+from experiment import networks, options, runs, schedules, table, weights
 from experiment.runs import Run, generator
 from util import device, files
 
@@ -471,6 +468,16 @@ def test_a_full_disk_is_told_and_the_run_goes_on(smoke, tmp_path):
     assert ended.status == 0, ended.output
     for name in ("search.jsonl", "random.jsonl", "controller.pt"):
         assert same(outcome_of(folder / name), outcome_of(smoke / name))
+
+
+def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before(smoke, small, run):
+    recipe = options.folder_of(smoke, train.Recipe)["recipe"]
+    assert schedules.left_of(Run(smoke, recipe, device="cpu")) == dict.fromkeys(train.STAGES, 0)
+    assert all(share == 1 for share in schedules.left_of(run).values())
+    run.expected = {"pretrain": 10, "search": 20, "finetune": 30}
+    assert schedules.seconds_of(run, ["search", "finetune"]) == 50
+    run.taken = {"pretrain": 5}
+    assert schedules.seconds_of(run, ["search", "finetune"]) == 25
 
 
 # ---- torchrun
