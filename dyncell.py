@@ -20,6 +20,7 @@ import reprlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data import normalise, pad
@@ -496,12 +497,14 @@ class VideoSegmenter(nn.Module):
     So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again.
 
     cell=None is the per-frame baseline: every frame is a key frame. `segment` and `probabilities` pad
-    every side of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to 480x400 for CamVid). `load`
-    sets .classes (a list of names) and .palette ((C, 3) uint8, RGB)."""
+    every side of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to 480x400 for CamVid). [ours]
+    They enlarge a frame whose longer side is less than `enlarge` pixels, and bring the result back: dec is at
+    1/8, so thin things are lost in small frames. `load` sets .classes (a list of names) and .palette ((C, 3)
+    uint8, RGB)."""
 
-    def __init__(self, static, cell, pad=0):
+    def __init__(self, static, cell, pad=0, enlarge=0):
         super().__init__()
-        self.static, self.cell, self.pad = static, cell, pad
+        self.static, self.cell, self.pad, self.enlarge = static, cell, pad, enlarge
         self.classes = self.palette = None
 
     @classmethod
@@ -567,6 +570,19 @@ class VideoSegmenter(nn.Module):
         logits, state = self._logits(image, state)
         return logits.float().softmax(dim=0), state
 
+    def prepare(self, image):
+        """(H, W, 3) uint8 -> what `segment` gives to `step`, (1, 3, H', W'): normalised, enlarged to (h, w) and
+        padded; and (h, w)."""
+        H, W, _ = image.shape
+        like = next(self.static.parameters())             # has the device and the dtype
+        x = normalise(image[None].to(like.device))                    # (1, 3, H, W)
+        scale = max(1, self.enlarge / max(H, W))
+        h, w = round(scale * H), round(scale * W)
+        if scale > 1:
+            x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False)     # (1, 3, h, w)
+        x, _ = pad(x, torch.zeros(1, h, w), self.pad)                 # (1, 3, H', W')
+        return x.to(like.dtype).contiguous(memory_format=torch.channels_last), (h, w)
+
     @torch.no_grad()
     def _logits(self, image, state):
         """(H, W, 3) uint8 -> logits (C, H, W) at the image's size, new state."""
@@ -578,14 +594,14 @@ class VideoSegmenter(nn.Module):
         if not torch.is_tensor(image):
             image = torch.from_numpy(np.array(image))     # a copy, as a view may be read-only or reversed
         H, W, _ = shape
-        like = next(self.static.parameters())             # has the device and the dtype
-        x = normalise(image[None].to(like.device))                    # (1, 3, H, W)
-        x, _ = pad(x, torch.zeros(1, H, W), self.pad)                 # (1, 3, H', W')
-        x = x.to(like.dtype).contiguous(memory_format=torch.channels_last)
+        x, (h, w) = self.prepare(image)
         logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8) for arch2
-        logits = resize(logits, x.shape[-2:])[0]                      # (C, H', W')
-        top, left = (x.shape[2] - H) // 2, (x.shape[3] - W) // 2      # where `pad` has put the image
-        return logits[:, top:top + H, left:left + W], state           # (C, H, W)
+        logits = resize(logits, x.shape[-2:])                         # (1, C, H', W')
+        top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2      # where `pad` has put the image
+        logits = logits[..., top:top + h, left:left + w]              # (1, C, h, w)
+        if (h, w) != (H, W):
+            logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
+        return logits[0], state                                       # (C, H, W)
 
 
 # ---- Table 5, which `python dyncell.py` prints ----------------------------------------------------------

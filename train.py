@@ -588,7 +588,7 @@ def main(arguments=None):
     with options.open_run(command, recipe_for) as run:
         if command.network:                                       # --stage evaluate --network
             return table.evaluate_network(run, predict.find_network(run.folder, command.network),
-                                          evaluate_video)
+                                          evaluate_video, command.enlarge)
         for name in command.stages:
             with table.stage(run, name, command.stages) as missing:
                 if missing:

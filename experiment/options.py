@@ -54,6 +54,9 @@ def parser_for(Recipe, stages, description):
                                        "(default: the cell of --run with the best mIoU on val)")
     own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
                      help="static network on every Nth frame; 0 (default): on the first of a clip only")
+    own.add_argument("--enlarge", type=int, default=0, metavar="N",
+                     help="enlarge frames whose longer side is less than N pixels: more accurate, slower; "
+                          "0 (default): not")
     own.add_argument("--save-confidence", action="store_true",
                      help="also write the largest probability of each pixel as a grey PNG")
     fields = parser.add_argument_group("recipe (in brackets the paper's value for CamVid; --show-recipe "
@@ -145,6 +148,8 @@ def check_flags(command):
     for name, default in FOR_PREDICT.items():
         if getattr(command, name) != default:
             raise InputError(f"{flag(name)}: does nothing without --stage predict; add that or leave it out")
+    if command.enlarge and not command.network:
+        raise InputError("--enlarge: only with --stage predict, or --stage evaluate and --network")
     if command.network and command.stage != "evaluate":
         raise InputError("--network: only with --stage predict or evaluate; add one of them or leave it out")
     if command.data_given and command.recipe.dataset == "synthetic":

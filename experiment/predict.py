@@ -159,6 +159,7 @@ def open_network(path, command):
     None if unknown. Raises InputError, also for a flag of the recipe that would do nothing."""
     saved = weights.read(path, "--network takes a network trained by this program")
     video = VideoSegmenter.load(path)
+    video.enlarge = command.enlarge
     there = json.loads(json.dumps(saved.get("recipe") or {}))     # tuples become lists
     for name, value in json.loads(json.dumps(command.given)).items():
         if there.get(name, value) != value and name not in weights.FILES:

@@ -131,10 +131,8 @@ def weigh_latency(run, genotype, static, stored, entry):
 def frame_costs(run, video):
     """Parameters, multiply-adds of a later frame, and ms of the encoder alone, of a key frame and of a later
     frame (medians of 9), and on what. As in the evaluation: padded, batch norms folded, float32, batch 1."""
-    image, label = run.frames("val")[0]
-    image, _ = data.pad(data.normalise(image[None]), label[None], video.pad)      # (1, 3, H, W)
-    image, count = image.contiguous(memory_format=torch.channels_last), parameters(video)
-    video = fold_batchnorm(video).to(memory_format=torch.channels_last)
+    count, video = parameters(video), fold_batchnorm(video).to(memory_format=torch.channels_last)
+    image, _ = video.prepare(run.frames("val")[0][0])             # (1, 3, H, W)
     _, state = video.step(image)
     calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
              "ms_later_frame": lambda: video.step(image, state)}
@@ -218,14 +216,15 @@ def new_row(run, network, every, costs, scores):
     return row
 
 
-def evaluate_network(run, path, evaluate_video):
+def evaluate_network(run, path, evaluate_video, enlarge=0):
     """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved. It needs
-    none of the run's trainings. evaluate_video: train.evaluate_video. Raises InputError."""
+    none of the run's trainings. evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises
+    InputError."""
     path, video, classes = pathlib.Path(path), VideoSegmenter.load(path), run.frames("val").dataset.classes
     if video.classes != list(classes):
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
                          f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")
-    genotype, rows = video.cell and getattr(video.cell, "genotype", DECODER), []
+    genotype, rows, video.enlarge = video.cell and getattr(video.cell, "genotype", DECODER), [], enlarge
     with told("evaluate", run.device):
         network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
         for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:

@@ -833,3 +833,25 @@ def test_table_5(monkeypatch, capsys):
     assert rows["arch2"][0] == f"{parameters(Arch2(11)):,}" and "arch2 + cell3" in cityscapes
     both = parameters(Arch2(11)) + parameters(DynamicCell(CELLS["cell0"], 11))
     assert rows["arch2 + cell0"][0] == f"{both:,}" and "0.55 to 0.57" in cityscapes
+
+
+def test_small_frames_are_enlarged_and_the_result_brought_back(monkeypatch):
+    """`enlarge` does to a frame what a caller could do by hand; larger frames stay as they are."""
+    make_shallow(monkeypatch.setattr)
+    torch.manual_seed(0)
+    video = VideoSegmenter(Arch2(3), DynamicCell(CELLS["concat"], 3), pad=60).eval()
+    image = torch.randint(256, (45, 70, 3), dtype=torch.uint8)
+    video.enlarge = 96
+    first, state = video.probabilities(image)
+    second, _ = video.probabilities(image, state)
+    x = F.interpolate(data.normalise(image[None]), (62, 96), mode="bicubic")
+    with torch.no_grad():
+        logits, by_hand = video.step(x)
+        again, _ = video.step(x, by_hand)
+    for found, wanted in ((first, logits), (second, again)):
+        wanted = ops.resize(wanted, (62, 96))
+        wanted = F.interpolate(wanted, (45, 70), mode="bilinear").softmax(1)[0]
+        assert found.shape == (3, 45, 70) and torch.allclose(found, wanted, atol=1e-5)
+    video.enlarge = 64
+    enlarged, video.enlarge = video.probabilities(image)[0], 0
+    assert torch.equal(enlarged, video.probabilities(image)[0])
