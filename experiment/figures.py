@@ -14,7 +14,6 @@
 import argparse
 import itertools
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -27,12 +26,10 @@ from util.errors import InputError, run_main
 from util.files import load, read_log
 
 SOURCES = COLOURS[:len(INPUTS)]              # the five inputs of a cell, in Figs. 4 and 7
-LAST = "beside a name: its last value"
 FEW = 50                                     # fewer candidates don't show what a controller has learned
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Plots of lines by name, for Fig. 4 and the training curves
+# ---- Plots of lines by name, for Fig. 4 and the training curves -------------------------------------------
 
 def running_mean(values, window):
     """At each value the mean of the last `window` values, at the start of fewer. NaNs are left out."""
@@ -43,7 +40,7 @@ def running_mean(values, window):
     return means
 
 
-def panels(title, note, xlabel, parts, shares=False):
+def panels(title, xlabel, parts, note="beside a name: its last value", shares=False):
     """Plots below each other -> a canvas. parts: {label of y: {name: [(x, y), ...]}}; what has no points is
     left out. shares: y starts at 0, and a dotted line shows equal shares."""
     parts = {label: lines for label, lines in parts.items() if any(lines.values())}
@@ -82,21 +79,19 @@ def draw_lines(plot, lines):
         plot.canvas.text(810, below, words)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fig. 3: rewards
+# ---- Fig. 3: rewards --------------------------------------------------------------------------------------
 
-def outcome(entry):
-    """"full", "stopped" (its reward is the half-way one) or "failed"."""
-    if entry["status"] != "ok" or not math.isfinite(entry["reward"]):
-        return "failed"
-    return "stopped" if entry["stopped"] else "full"
-
-
-KINDS = {"stopped": "stopped half way", "full": "trained in full", "failed": "failed, not in the mean"}
+KINDS = "stopped half way", "trained in full", "failed, not in the mean"
 LOOKS = {                                    # the marks of these three kinds, and the style of the mean
     "PPO": (("ring", SKY), ("disc", BLUE), ("cross", BLUE), ("line", INK)),
     "random search": (("hollow", ORANGE), ("diamond", VERMILLION), ("cross", VERMILLION),
                       ("dashed", VERMILLION))}
+
+
+def kind_of(entry):
+    """One of KINDS. The reward of a candidate that was stopped is the half-way one."""
+    failed = entry["status"] != "ok" or not math.isfinite(entry["reward"])
+    return KINDS[2 if failed else 0 if entry["stopped"] else 1]
 
 
 def rewards(log, random=()):
@@ -104,18 +99,18 @@ def rewards(log, random=()):
     are at the bottom of the plot."""
     both, canvas = [*log, *random], Canvas(1000, 556)
     canvas.text(74, 26, "Reward over the search", 20)
-    good = [e["reward"] for e in both if outcome(e) != "failed"]
+    good = [e["reward"] for e in both if kind_of(e) != KINDS[2]]
     label = "reward: geometric mean of mIoU, frequency-weighted IoU and mean class accuracy on meta-val"
     label += ", weighted by the time" if any("ms" in e for e in both) else ""
     plot = Plot(canvas, (74, 136, 975, 486), [e["candidate"] for e in both], good, "candidate", label)
     for y, name, entries in (62, "PPO", log), (88, "random search", random):
-        values = [math.nan if outcome(e) == "failed" else e["reward"] for e in entries]
+        values = [math.nan if kind_of(e) == KINDS[2] else e["reward"] for e in entries]
         legend, window = [], max(5, round(len(entries) / 20))
-        for (kind, words), look in zip(KINDS.items(), LOOKS[name]):
-            points = [(e["candidate"], plot.yrange[0] if kind == "failed" else e["reward"])
-                      for e in entries if outcome(e) == kind]
-            plot.dots(points, *look, 5 if len(entries) <= 200 else 4 if len(entries) <= 500 else 3)
-            legend += [(*look, words)] if points else []
+        for kind, look in zip(KINDS, LOOKS[name]):
+            points = [(e["candidate"], plot.yrange[0] if kind == KINDS[2] else e["reward"])
+                      for e in entries if kind_of(e) == kind]
+            plot.dots(points, *look, 5 if len(entries) <= 200 else 3)
+            legend += [(*look, kind)] if points else []
         if len(entries) > window:            # the mean begins with the first full window
             line = list(zip([e["candidate"] for e in entries], running_mean(values, window)))
             plot.line(line[window - 1:], *LOOKS[name][-1], 3)
@@ -126,8 +121,7 @@ def rewards(log, random=()):
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fig. 4: what is sampled
+# ---- Fig. 4: what is sampled ------------------------------------------------------------------------------
 
 def sampled(entry):
     """The parts of a candidate, as lists of names: its 2L operations, its L aggregations, and those of its
@@ -142,8 +136,7 @@ def sampling(log):
     """Fig. 4: shares of operations, aggregations and inputs among the last candidates."""
     window, parts = max(1, min(len(log) // 2, max(10, len(log) // 10))), {}
     few = f" ({len(log)} candidates: too few to mean anything)" if len(log) < FEW else ""
-    note = f"share among the last {window} candidates, of fewer at the start; "
-    note += "dotted: if all were sampled equally often"
+    note = f"share among the last {window} candidates; dotted: if all were sampled equally often"
     for label, names, candidates in zip(
             ("operations, %", "aggregations, %", "inputs, % of the locations that are inputs"),
             (OPERATIONS, AGGREGATIONS, INPUTS), zip(*map(sampled, log))):
@@ -151,11 +144,10 @@ def sampling(log):
         for name in names:
             shares = running_mean([100 * part.count(name) / len(part) for part in candidates], window)
             parts[label][name] = list(zip([entry["candidate"] for entry in log], shares))
-    return panels("What is sampled" + few, note, "candidate", parts, shares=True)
+    return panels("What is sampled" + few, "candidate", parts, note, shares=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tables 3 and 4
+# ---- Tables 3 and 4 ---------------------------------------------------------------------------------------
 
 def table(results):
     """The mIoU of Table 3 (CamVid) or 4 (CityScapes) as a picture, from the content of results.json. Of
@@ -191,8 +183,7 @@ def table(results):
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Figs. 5 and 6: examples
+# ---- Figs. 5 and 6: examples ------------------------------------------------------------------------------
 
 def examples(saved):
     """Rows of image, ground truth, baseline, cell, from the content of examples.pt."""
@@ -210,8 +201,7 @@ def examples(saved):
                  ("image", "ground truth", "baseline", saved["cell_name"]))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fig. 7: a cell as a diagram
+# ---- Fig. 7: a cell as a diagram --------------------------------------------------------------------------
 
 LAYER = 108                                  # height of a layer's row
 
@@ -262,17 +252,11 @@ def cell(genotype, title):
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run folder
+# ---- The run folder ---------------------------------------------------------------------------------------
 
 def content(path):
     """The content of a checkpoint, finished or not; {} if there is no file."""
     return load(path) if path.exists() else {}
-
-
-def candidates(path):
-    """The entries of a search's log, sorted by candidate: several processes may write them in any order."""
-    return sorted(read_log(path).values(), key=lambda entry: entry["candidate"])
 
 
 def series(saved, key, unit=1):
@@ -285,11 +269,13 @@ def draw_pretrain(folder):
     parts = {"loss, with auxiliary losses": {"static network": series(saved, "loss")},
              "mIoU on val, %": {"static network": series(saved, "val_miou", 0.01)}}
     if saved.get("history"):
-        yield "curve-pretrain", panels("Pre-training", LAST, "epoch", parts)
+        yield "curve-pretrain", panels("Pre-training", "epoch", parts)
 
 
 def draw_search(folder):
-    log, random = candidates(folder / "search.jsonl"), candidates(folder / "random.jsonl")
+    # Sorted, as several processes may write candidates in any order.
+    log, random = ([entry for _, entry in sorted(read_log(folder / name).items())]
+                   for name in ("search.jsonl", "random.jsonl"))
     if log or random:
         yield "fig3-rewards", rewards(log, random)
     if log:
@@ -301,28 +287,26 @@ def draw_finetune(folder):
     for kind in ("baseline", "cell", "random"):
         found = {path.stem.removesuffix("-alone") for path in folder.glob(f"{kind}*.pt")}
         names += sorted(found, key=lambda name: (len(name), name))
-    alone, whole, genotypes = {}, {}, {}
+    alone, whole, genotypes = {}, {}, {}     # genotypes: {text: the first name that has it}
     for name in names:
         first, last = content(folder / f"{name}-alone.pt"), content(folder / f"{name}.pt")
         # Histories hold losses per sequence, summed over all frames but the first (alone) or over all
         # frames (end to end).
         length = (first or last)["recipe"]["sequence_length"]
         alone[name], whole[name] = series(first, "loss", length - 1), series(last, "loss", length)
-        text = last.get("genotype") or first.get("genotype")
-        if text not in (None, "decoder", *genotypes.values()):            # not for another seed's same cell
-            genotypes[name] = text
-    if any(alone.values()) or any(whole.values()):
-        parts = {"loss per frame: cell alone": alone, "loss per frame: end to end": whole}
-        yield "curve-finetune", panels("Training on the full training split", LAST, "epoch", parts)
-    for name, text in genotypes.items():
-        yield f"fig7-{name}", cell(Genotype.from_json(text), name)
+        genotypes.setdefault((first or last).get("genotype", "decoder"), name)
+    parts = {"loss per frame: cell alone": alone, "loss per frame: end to end": whole}
+    if any((*alone.values(), *whole.values())):
+        yield "curve-finetune", panels("Training on the full training split", "epoch", parts)
+    for text, name in genotypes.items():
+        if text != "decoder":
+            yield f"fig7-{name}", cell(Genotype(text), name)
 
 
 def draw_evaluate(folder):
-    saved = content(folder / "examples.pt")
-    if saved and len(saved["names"]):
+    saved, results = content(folder / "examples.pt"), content(folder / "results.json")
+    if saved:
         yield "fig5-examples", examples(saved)
-    results = content(folder / "results.json")
     if "reported" in results:                # else the evaluation is not finished
         yield "tables3-4-miou", table(results)
 
@@ -337,9 +321,9 @@ def draw(folder, stage=None, again=True):
     folder, written = pathlib.Path(folder), []
     for name in [stage] if stage else STAGES:
         for figure, canvas in STAGES[name](folder):
-            (folder / "figures").mkdir(exist_ok=True)
             path = folder / "figures" / f"{figure}.png"
             if again or not path.exists():
+                path.parent.mkdir(exist_ok=True)
                 save_png(path, canvas.finished())
                 written.append(path)
     return written
@@ -351,13 +335,9 @@ def main(arguments=None):
         description="Draws the figures of runs of train.py, whose inputs are there, into RUN/figures.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/synthetic")
     for folder in parser.parse_args(arguments).runs:
-        if not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such folder; give the folder of a run of train.py")
-        written = draw(folder)
-        if not written:
-            raise InputError(f"{folder}: holds nothing that can be drawn; is it the folder of a run?")
-        for path in written:
-            print(path)
+        if not (written := draw(folder)):
+            raise InputError(f"{folder}: holds nothing that can be drawn; give the folder of a run")
+        print(*written, sep="\n")
 
 
 if __name__ == "__main__":

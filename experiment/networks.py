@@ -20,53 +20,45 @@ def as_text(genotype):
 def cell_of(text):
     """The argument of --cell -> the cell's name, and its Genotype or DECODER.
 
-    The argument is a name in CELLS, "decoder", a file (a genotype's JSON, or a checkpoint, of which only the
-    genotype is taken), or a genotype: as it is printed, as JSON, as a list of tokens. NAME=ARGUMENT names the
-    row; else a cell that is not in CELLS is named by a hash. Raises InputError for anything else."""
-    found = re.fullmatch(r"\s*(\w+)\s*=(.*)", text, re.DOTALL)
-    name, cell = found.groups() if found and not re.fullmatch(r"node\d+", found[1]) else (None, text)
+    The argument is a name in KNOWN, a file (a genotype's JSON, or a checkpoint, of which only the genotype is
+    taken), or a genotype: as it is printed, as JSON, as a list of tokens. NAME=ARGUMENT names the row; else a
+    cell that is not in KNOWN is named by a hash. Raises InputError for anything else."""
+    # NAME has no "-", so that it is no name of the program's: cell-0, cell-x-seed1, cell-x-alone.
+    named = re.fullmatch(r"\s*(?!node\d)([A-Za-z]\w*)\s*=(.*)", text, re.DOTALL | re.ASCII)
+    name, cell = named.groups() if named else (None, text)
     try:
         genotype = read_cell(cell.strip())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"argument --cell: invalid choice: {text[:60]!r} ({error}); it takes "
                          f"{', '.join(KNOWN)}, a JSON file of a genotype, a checkpoint of a cell, or a "
                          "genotype as it is printed; NAME=GENOTYPE names its row") from None
-    known = {cell: name for name, cell in KNOWN.items()}.get(genotype)
-    if name is None:
-        digest = hashlib.sha256(as_text(genotype).encode()).hexdigest()
-        return known or f"custom-{digest[:6]}", genotype
-    # Without "-", so that it is no name of the program's: cell-0, cell-x-seed1, cell-x-alone.
-    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name in KNOWN and name != known:
-        raise InputError(f"argument --cell: {name!r} can't be a name: it takes a letter, then letters, "
-                         "digits and _, and must not be the name of another cell")
-    return name, genotype
+    known = {cell: name for name, cell in KNOWN.items()}
+    digest = hashlib.sha256(as_text(genotype).encode()).hexdigest()
+    return name or known.get(genotype, f"custom-{digest[:6]}"), genotype
 
 
 def read_cell(text):
-    """What --cell takes, without NAME= -> a Genotype or DECODER. Raises ValueError or InputError."""
+    """What --cell takes, without NAME= -> a Genotype or DECODER. Raises ValueError or OSError."""
     path = pathlib.Path(text).expanduser()
-    if path.suffix.lower() == ".pt":
+    if path.suffix == ".pt":
         content = weights.read(path, "--cell takes a trained cell")
-        if not isinstance(content, dict) or "genotype" not in content:
+        if "genotype" not in content:
             raise ValueError("not the checkpoint of a cell")
         text = content["genotype"]
-    elif path.suffix.lower() in (".json", ".jsonl", ".txt"):
-        try:
-            text = path.read_text().strip()
-        except OSError as error:
-            raise ValueError(error.strerror) from None
+    elif path.suffix in (".json", ".txt"):
+        text = path.read_text().strip()
     return KNOWN[text] if text in KNOWN else Genotype(text)
 
 
 def cell_texts(arguments):
     """The arguments of --cell as a recipe keeps them, each once: with genotypes, not files, which may move.
     Raises InputError if two cells have the same name."""
-    cells, texts = {}, []
+    cells, texts = dict(KNOWN), []
     for name, genotype in map(cell_of, arguments):
         if cells.setdefault(name, genotype) != genotype:
             raise InputError(f"argument --cell: {name!r} is the name of two cells; choose another one")
-        named = str(genotype) if name.startswith("custom-") else f"{name}={genotype}"
-        texts.append(name if name in KNOWN else named)
+        text = str(genotype) if name.startswith("custom-") else f"{name}={genotype}"
+        texts.append(name if name in KNOWN else text)
     return tuple(dict.fromkeys(texts))
 
 
@@ -85,14 +77,14 @@ def ranked(run, strategy):
     """The distinct genotypes of a search, best reward first. Raises InputError if it is not finished, or if
     all candidates failed."""
     path, count = run.path(SEARCHES[strategy][0]), run.recipe.search_candidates
-    entries = [entry for k, entry in read_log(path).items() if k < count]
+    entries = [entry for k, entry in sorted(read_log(path).items()) if k < count]
     if len(entries) < count:
         raise InputError(f"{path}: has {len(entries)} of {count} candidates; run --stage search first, or "
                          "take fewer by --search-candidates")
     entries = [entry for entry in entries if entry["status"] == "ok"]
     if not entries:
         raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
-    entries.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
+    entries.sort(key=lambda entry: -entry["reward"])
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
 
 
@@ -100,8 +92,8 @@ def trained(run, name):
     """The Genotype or DECODER of a cell that was trained under this name, or None."""
     for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")):
         if path.exists():
-            text = load(path)["genotype"]
-            return text if text == DECODER else Genotype(text)
+            return read_cell(load(path)["genotype"])
+    return None
 
 
 def numbered(run, kind, genotypes):
@@ -133,11 +125,10 @@ def found(run, strategy):
     """The networks with cells that a search has found."""
     _, kind, title = SEARCHES[strategy]
     order, chosen = ranked(run, strategy), []
-    best = order[:run.recipe.cells]
-    for genotype, name in numbered(run, kind, best).items():
+    for genotype, name in numbered(run, kind, order[:run.recipe.cells]).items():
         chosen.append(Network(name, f"{name}, {title}", genotype))
         looks_back = set(genotype.inputs()) & {0, 1}              # layer4 or dec of the previous frame
-        if genotype == best[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
+        if genotype == order[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
             chosen.append(Network(f"{name}-without-past", f"{name} without the past", genotype, past=False))
     if run.recipe.median_cell and strategy == "random":
         for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
@@ -160,8 +151,8 @@ def named(run):
 
 
 def networks(run):
-    """The networks that finetune trains and evaluate scores, in the table's order. Rank 0 decides for all
-    processes."""
+    """The networks that finetune trains and evaluate scores, in the table's order, each seed after the other.
+    Rank 0 decides for all processes."""
     chosen = [Network("baseline", "baseline, fine-tuned")]
     if run.rank == 0:
         for strategy in strategies(run.recipe):
@@ -169,7 +160,7 @@ def networks(run):
         chosen += named(run)
     seeded = []
     for network in run.broadcast(chosen):
-        seeded.append(network)
-        for seed in range(1, run.recipe.seeds):
-            seeded.append(network._replace(name=f"{network.name}-seed{seed}", seed=seed))
+        for seed in range(run.recipe.seeds):
+            name = f"{network.name}-seed{seed}" if seed else network.name
+            seeded.append(network._replace(name=name, seed=seed))
     return seeded
