@@ -1,7 +1,6 @@
 """Files of weights that the user gives: for the encoder, for the static network, for predict."""
 import hashlib
 import pathlib
-import warnings
 
 import torch
 
@@ -15,15 +14,16 @@ FILES = "encoder_weights", "static"          # fields of the recipe that name su
 ENCODER = "--encoder-weights takes torchvision's mobilenet_v2 (its state_dict)"
 STATIC = "--static takes a static.pt of this program"
 # What a file is that torch can't read, by its first bytes.
+PICKLED = "holds a pickled object, which could run code and is not loaded; save its state_dict()"
 HEADS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself (git lfs pull)",
     b"<": "is a web page, not the file itself",
-    b"\x89HDF": "is an HDF5 file (Keras)",
+    b"\x80": PICKLED,
+    b"PK": "is cut short or not an archive of torch's, so get it again",
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What pretraining starts from
+# ---- what pretraining starts from -------------------------------------------------------------------------
 
 def begin(model, recipe, classes):
     """Loads what pretraining starts from: a static network that was trained before (--static), on this
@@ -74,8 +74,7 @@ def load_static(model, recipe, classes):
     return f"static: starts from {path}" + ("" if same else "; its classes differ: new classifiers")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading a file
+# ---- reading a file ---------------------------------------------------------------------------------------
 
 def find(path, key, wanted):
     """A file's content, and the state dict in it that has `key`. Raises InputError if there is none."""
@@ -89,9 +88,9 @@ def state_of(content, key):
     """The state dict in `content` that has `key`. It may be nested in other dicts, and its keys may have a
     prefix ("module.", "backbone."), which is removed. None if there is no such state dict."""
     for name, inner in content.items() if isinstance(content, dict) else ():
-        if isinstance(name, str) and f".{name}".endswith(f".{key}"):
+        if f".{name}".endswith(f".{key}"):
             prefix = name[:-len(key)]
-            return {k[len(prefix):]: v for k, v in content.items() if str(k).startswith(prefix)}
+            return {k[len(prefix):]: v for k, v in content.items() if k.startswith(prefix)}
         if state := state_of(inner, key):
             return state
     return None
@@ -101,28 +100,18 @@ def read(path, wanted):
     """The content of a file of weights. Only tensors and plain values are loaded; no code is run. Raises
     InputError that says what the file is and what is wanted."""
     try:
-        with warnings.catch_warnings():      # torch warns about a TorchScript archive, then refuses it
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror.lower()}; {wanted}") from None
     except Exception as error:               # torch.load raises many kinds
         head = pathlib.Path(path).read_bytes()[:200].lstrip()
-        raise InputError(f"{path}: {what_is(head, str(error))}; {wanted}") from None
-
-
-def what_is(head, reason):
-    """What a file that begins with `head` is, if torch can't load it for this reason."""
-    for start, said in HEADS.items():
-        if head.startswith(start):
-            return said
-    if head[8:9] == b"{":
-        return "is a safetensors file; load it by safetensors.torch.load_file, and torch.save that"
-    if "GLOBAL" in reason or "TorchScript" in reason or head[:1] == b"\x80":
-        return "holds a pickled object, which could run code and is not loaded; save its state_dict()"
-    if head[:2] == b"PK":
-        return "is cut short or not an archive of torch's, so get it again"
-    return "is not what torch.save writes" if head else "is empty"
+        said = [said for start, said in HEADS.items() if head.startswith(start)]
+        said.append("is not what torch.save writes" if head else "is empty")
+        if "GLOBAL" in str(error) or "TorchScript" in str(error):
+            said = [PICKLED]
+        elif head[8:9] == b"{":
+            said = ["is a safetensors file; load it by safetensors.torch.load_file, and torch.save that"]
+        raise InputError(f"{path}: {said[0]}; {wanted}") from None
 
 
 def digests(recipe):
