@@ -103,9 +103,9 @@ def test_name_equals_genotype_names_a_row(tmp_path):
     assert networks.cell_texts(["d2=decoder", "warp=warp", "w2=warp"]) == (
         "d2=decoder", "warp", f"w2={CELLS['warp']}")
     assert networks.cell_of("".join(str(genotype).split()))[0].startswith("custom-")      # "node0=..."
-    for arguments, said in ((["0=warp"], "be a name"), (["a-seed1=warp"], "invalid"), (["x="], "invalid"),
-                            (["warp=concat"], "another cell"), (["decoder=warp"], "another cell"),
-                            (["x=warp", "x=concat"], "two cells")):
+    for arguments, said in ((["0=warp"], "invalid"), (["a-seed1=warp"], "invalid"), (["x="], "invalid"),
+                            (["nowhere.json"], "nowhere"), (["warp=concat"], "two cells"),
+                            (["decoder=warp"], "two cells"), (["x=warp", "x=concat"], "two cells")):
         with pytest.raises(InputError, match=f"--cell.*{said}"):
             networks.cell_texts(arguments)
 

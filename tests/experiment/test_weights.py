@@ -1,5 +1,5 @@
-"""experiment/weights.py: files of weights as people have them are taken, or refused in one line that says what
-the file is."""
+"""experiment/weights.py: files of weights as people have them are taken, or refused in one line that says
+what the file is."""
 import pickle
 
 import numpy as np
@@ -98,7 +98,8 @@ def test_a_static_network_of_the_same_classes_is_taken_as_it_is(smoke, small, tm
 
 
 @pytest.mark.parametrize("network, classes", [
-    ("arch2", {"recipe": {"dataset": "camvid"}}), ("arch2-quarter", {"classes": ["a", "b", "c"]}), ("arch2", {})])
+    ("arch2", {"recipe": {"dataset": "camvid"}}), ("arch2-quarter", {"classes": ["a", "b", "c"]}),
+    ("arch2", {})])
 def test_where_the_classes_differ_the_classifiers_are_new(tmp_path, network, classes):
     """{}: a file that doesn't name its classes; their number shows it."""
     path, there, model = tmp_path / "static.pt", STATICS[network](11), STATICS[network](6, "classifier")
