@@ -1,6 +1,16 @@
-"""What the names of a video's images say: their clip, and their number in it.
+"""What the names of a video's images say: their clip, and their number in it. Nothing else knows what a clip is.
 
-Nothing else in the project knows what a clip is."""
+A name consists of words of letters and digits. The frame's number is the last group of digits that is a word
+of its own, or that changes while all before it stays the same. Names of as many words have it in the same
+one. All before it is the clip's name:
+
+    0016E5_07959      0006R0_f00930      ulm_000001_000019_leftImg8bit      12_1280x720      frame12_v2
+           -----              -----                 ------                  --                    --
+    c0_0000, c1_0000: 0 in two clips      a_8_e4f1, a_9_1234: 8 and 9, as only one last word is digits alone
+
+What follows the number may differ, as such a hash does. But where two frames of a clip have the same number,
+as 7_left and 7_right, it tells two clips apart. 1.0, 1.25, 1.5 are numbers. 1.8, 1.9, 1.10 are 8 to 10 of
+clip 1, as a decimal number doesn't end in 0, except where all have the same length."""
 import collections
 import pathlib
 import re
@@ -9,70 +19,45 @@ Name = collections.namedtuple("Name", "clip number rest")        # the text befo
 
 
 def clips_of(paths):
-    """Paths of images -> clips, each a list of paths in time order. read_names finds a frame's number.
-
-    The names of a clip agree in what stands before the number. What follows it may differ, as a hash does.
-    But where two frames have the same number, as in 7_left and 7_right, it tells two clips apart."""
-    clips = collections.defaultdict(list)
-    for name, path in zip(read_names(paths), paths):
-        clips[name.clip, "" if name.number is not None else "no number"].append((name, path))
-    for (clip, rest), frames in list(clips.items()):
-        if not rest and len({name.number for name, _ in frames}) < len(frames):
-            for name, path in clips.pop((clip, "")):
-                clips[clip, name.rest].append((name, path))
-    ordered = []
-    for key in sorted(clips, key=lambda key: [in_order(text) for text in key]):
-        frames = sorted(clips[key], key=lambda frame: (frame[0].number or 0, frame[0].rest))
-        ordered.append([path for _, path in frames])
-    return ordered
+    """Paths of images -> clips, each a list of paths in time order. Names without a number are one clip."""
+    clips, names = collections.defaultdict(list), read_names(paths)
+    count = collections.Counter(name[:2] for name in names)
+    doubled = {name.clip for name in names if name.number is not None and count[name[:2]] > 1}
+    for name, path in zip(names, paths):
+        key = in_order(name.clip), name.number is None, in_order(name.rest if name.clip in doubled else "")
+        clips[key].append((name.number or 0, in_order(name.rest), path))
+    return [[path for *_, path in sorted(clips[key])] for key in sorted(clips)]
 
 
 def read_names(paths):
-    """Paths of images -> a Name for each. A name without digits has number None and belongs to clip "".
-
-    A frame's number is the last group of digits that changes while all before it stays the same: 19 in
-    ulm_000001_000019_leftImg8bit, 12 in clip_0012_1280x720 and in clip_0012_a1b2c3. Names that differ in
-    digits only have it in the same place. Where no group changes, it is the last one."""
+    """Paths of images -> a Name for each. A name in which no number is found has number None and clip ""."""
     stems = [pathlib.Path(path).stem for path in paths]
-    digits = number_pattern(stems)
-    groups = [list(re.finditer(digits, stem)) for stem in stems]
-    values = collections.defaultdict(set)    # of a group of digits, by what stands around it
-    for name in groups:
-        for group in name:
-            values[surroundings(group)].add(group[0])
-    place = {}                               # name with # in place of digits -> index of the number's group
-    for stem, name in zip(stems, groups):
-        changing = [k for k, group in enumerate(name) if len(values[surroundings(group)]) > 1]
-        if re.fullmatch(r".+_\d+_\d+_leftImg8bit", stem):        # CityScapes: a clip may have a single frame
-            changing = [len(name) - 2]
-        pattern = re.sub(digits, "#", stem)
-        place[pattern] = max(place.get(pattern, -1), *changing, -1)       # -1: the last one
-    names = []
-    for stem, name in zip(stems, groups):
-        if not name:
-            names.append(Name("", None, stem))
-            continue
-        group = name[place[re.sub(digits, "#", stem)]]
-        number = float(group[0]) if "." in group[0] else int(group[0])
-        names.append(Name(stem[:group.start()], number, stem[group.end():]))
-    return names
+    fractions = [text for stem in stems for text in re.findall(r"\d\.(\d+)", stem)]
+    decimal = len(set(map(len, fractions))) == 1 or not any(re.search(".0$", text) for text in fractions)
+    number = r"\d+\.\d+|\d+" if decimal else r"\d+"
+    word, last = re.compile(rf"(?:{number}|[^\W\d_])+"), re.compile(rf"(.*?)({number})\D*")
+    alike = collections.defaultdict(list)    # number of words -> for each name the last digits of its words
+    for stem in stems:
+        words = [last.fullmatch(stem, *found.span()) for found in word.finditer(stem)]
+        if any(words):
+            alike[len(words)].append(words)
+    read = {}
+    for names in alike.values():
+        columns = [column for column in zip(*names) if None not in column]
+        for group in ([column for column in columns if is_number(column)] or columns or [()])[-1]:
+            stem, (start, end) = group.string, group.span(2)
+            value = float(group[2]) if "." in group[2] else int(group[2])
+            read[stem] = Name(stem[:start], value, stem[end:])
+    return [read.get(stem, Name("", None, stem)) for stem in stems]
 
 
-def surroundings(group):
-    """All that stands before a group of digits, and the letters attached to its end. What comes after them
-    may be a hash, which differs from frame to frame."""
-    return group.string[:group.start()], re.match(r"[^\W\d_]*", group.string[group.end():])[0]
-
-
-def number_pattern(stems):
-    """The regular expression of a number. 1.0, 1.25, 1.5 are decimal numbers; 1.8, 1.9, 1.10 are two
-    numbers each, as a decimal number is written without a 0 at its end, or all have the same length."""
-    fractions = [text for stem in stems for text in re.findall(r"[0-9]\.([0-9]+)", stem)]
-    lengths = {len(text) for text in fractions}
-    decimal = len(lengths) == 1 or not any(re.search(".0$", text) for text in fractions)
-    return r"[0-9]+\.[0-9]+|[0-9]+" if decimal else "[0-9]+"
+def is_number(column):
+    """Whether the digits in one word of some names are alone, or change after the same text."""
+    texts = {(group.string[:group.start(2)], group[2]) for group in column}
+    alone = all(group[0] == group[2] for group in column)
+    return alone or len(texts) > len({before for before, _ in texts})
 
 
 def in_order(text):
     """A sort key that puts clip2 before clip10."""
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", text))]
+    return tuple(int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", text)))
