@@ -19,10 +19,9 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
     def read(frame):
         try:
             image, label = dataset.read(frame)
+            check_pixels(frame, image, label, len(dataset.classes))
         except InputError as error:
             return error
-        if wrong := wrong_pixels(image, label, len(dataset.classes)):
-            return InputError(f"{frame.label or frame.image}: {wrong}")
         sizes[frame] = label.shape
         return (image, label) if keep else None
 
@@ -46,12 +45,12 @@ def read_all(dataset, frames, keep=True, problems=(), show=None):
     return ((np.stack(images), np.stack(labels)) if keep else None), usual
 
 
-def wrong_pixels(image, label, num_classes):
-    """What is wrong with the arrays that a dataset's read() returned, or None."""
-    for pixels, shape in ((image, label.shape + (3,)), (label, image.shape[:2])):
-        if pixels.dtype != np.uint8 or pixels.shape != shape:
-            return (f"read() returned an image {image.dtype} {image.shape} and a label {label.dtype} "
-                    f"{label.shape}; they must be (H, W, 3) and (H, W), uint8")
+def check_pixels(frame, image, label, num_classes):
+    """Raises InputError unless a dataset's read() returned what it must."""
+    if not (image.dtype == label.dtype == np.uint8 and image.shape == label.shape + (3,) and label.ndim == 2):
+        raise InputError(f"{frame.image}: read() returned an image {image.dtype} {image.shape} and a label "
+                         f"{label.dtype} {label.shape}; they must be (H, W, 3) and (H, W), uint8")
     unknown = label[(label >= num_classes) & (label != IGNORE)]
     if len(unknown):
-        return f"label {unknown[0]} is neither a class, 0 to {num_classes - 1}, nor {IGNORE}"
+        raise InputError(f"{frame.label}: label {unknown[0]} is neither a class, 0 to {num_classes - 1}, nor "
+                         f"{IGNORE}")

@@ -15,22 +15,17 @@ FORMATS = "PNG", "JPEG"                      # only these: Pillow starts ghostsc
 MODES = "RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr"         # eight bits per channel
 
 
-def open_image(path, formats=FORMATS, small=False):
-    """-> a decoded Pillow image. small=True decodes a JPEG at 1/8 of its size, as a quick check. Raises
-    InputError naming a file that is missing, too large or broken."""
+def open_image(path, formats=FORMATS):
+    """-> a decoded Pillow image. Raises InputError naming a file that is missing, too large or broken."""
     try:
         image = Image.open(path, formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(f"{path}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-        if small:
-            image.draft(image.mode, (1, 1))
         image.load()
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except PermissionError:
-        raise InputError(f"{path}: may not be read; change its permissions") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror.lower()}; check this path and its permissions") from None
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
         if photo := photo_format(path):
             raise InputError(f"{path}: is {photo}; convert it to PNG or JPEG") from None
@@ -67,32 +62,19 @@ def orientation(image):
     return 1
 
 
-def upright(image, wanted=lambda: True):
-    """A Pillow image -> the same, upright. wanted() is asked whether to, only where it would be turned."""
+def upright(image):
+    """A Pillow image -> the same, turned as its metadata say."""
     turn = orientation(image)
-    return image.transpose(UPRIGHT[turn]) if turn > 1 and wanted() else image
+    return image.transpose(UPRIGHT[turn]) if turn > 1 else image
 
 
-def check_mode(path, image):
-    if image.mode not in MODES:
-        raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
-
-
-def read_image(path, formats=FORMATS, wanted=lambda: True):
-    """An image file as (H, W, 3) uint8, upright unless wanted() is False. Grey, palette and RGBA images are
+def read_image(path, formats=FORMATS, turn=True):
+    """An image file as (H, W, 3) uint8, upright unless turn is False. Grey, palette and RGBA images are
     converted to RGB (alpha is dropped). Raises InputError naming the file."""
     image = open_image(path, formats)
-    check_mode(path, image)
-    return np.array(upright(image, wanted).convert("RGB"))
-
-
-def look_at_image(path):
-    """(width, height) of the image that read_image would return, or its InputError, in less time."""
-    image = open_image(path, small=True)
-    check_mode(path, image)
-    with Image.open(path, formats=FORMATS) as header:
-        width, height = header.size
-    return (height, width) if orientation(image) > 4 else (width, height)
+    if image.mode not in MODES:
+        raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
+    return np.array((upright(image) if turn else image).convert("RGB"))
 
 
 def animation_frames(animation):
