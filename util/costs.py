@@ -1,15 +1,13 @@
 """The cost of a module: parameters, multiply-adds, time, memory.
 
-Multiply-adds are those of convolutions and matrix products. Times are medians in ms; the calls to be
-compared take turns.
-"""
+Multiply-adds are those of convolutions and matrix products. Times are medians in ms."""
 import statistics
 import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from util.errors import InputError
+from util.errors import InputError, brief
 
 
 def parameters(module):
@@ -53,11 +51,6 @@ def milliseconds_in_turn(calls, repeats=5, device=None):
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def milliseconds(function, *inputs, repeats=5, device=None):
-    """Median wall time in ms of function(*inputs), after one round that is not counted."""
-    return milliseconds_in_turn({"": lambda: function(*inputs)}, repeats, device)[""]
-
-
 def megabytes_kept(module, *inputs):
     """Memory in MB that a call allocates and keeps for its backward pass, including its result."""
     kept = {}                                # address: storage, kept alive so that no address is reused
@@ -82,6 +75,5 @@ def usable_device(name):
         torch.ones(1, device=device).item()
         synchronise(device)
     except Exception as error:               # each kind of device fails in its own way
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise InputError(f"--device {name}: {reason}") from None
+        raise InputError(f"--device {name}: {brief(error)}") from None
     return device

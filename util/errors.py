@@ -34,8 +34,7 @@ def each(function, splits):
 
 def run_main(main, continues=False):
     """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
-    disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end the script with a short
-    message. Afterwards the previous signal handlers are restored.
+    disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end it with one line, too.
 
     continues: the same command goes on where it was stopped. Output may be missing (None) or be any object
     with write()."""
@@ -49,25 +48,16 @@ def run_main(main, continues=False):
     try:
         main()
     except (InputError, OSError) as error:
-        terminal = getattr(sys.stderr, "isatty", lambda: False)()
-        over_progress = "\r\033[K" if terminal else ""
-        print(f"{over_progress}error: {in_words(error)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+            error = f"{error}; " + ("choose another folder (--run, --output), or make room in this one"
+                                    if full else "check this path and its permissions")
+        over_progress = "\r\033[K" if getattr(sys.stderr, "isatty", bool)() else ""
+        print(f"{over_progress}error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
-
-
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS              # of the disk, not of a path
-
-
-def in_words(error):
-    """The message of an InputError, or of an OSError with its remedy."""
-    if isinstance(error, (InputError, BrokenPipeError)):
-        return error
-    if error.errno in FULL:
-        return f"{error}; choose another folder (--run, --output), or make room in this one"
-    return f"{error}; check this path and its permissions"
+            signal.signal(signum, handler)
 
 
 def brief(error):
@@ -75,30 +65,28 @@ def brief(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+FRAMES = "give smaller frames, or pass --device cpu if that has more"
+SHORT = ", or take --schedule short with another --run"
+REMEDY = {                                   # of a stage that takes too much memory
+    "pretrain": f"lower --static-batch or --static-crop{SHORT}",
+    "search": f"lower --search-batch or --input-crop{SHORT}",
+    "finetune": f"lower --cell-batch, --end-crop or --input-crop{SHORT}", "evaluate": FRAMES, "predict": FRAMES}
+
+
 def out_of_memory(error):
     """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
-    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-             "CUDNN_STATUS_ALLOC_FAILED")
+    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
-REMEDY = {
-    "pretrain": "lower --static-batch or --static-crop",
-    "search": "lower --search-batch or --input-crop",
-    "finetune": "lower --cell-batch, --end-crop or --input-crop",
-    "evaluate": "give smaller frames, or pass --device cpu if that has more",
-    "predict": "give smaller frames, or pass --device cpu if that has more",
-}
 
 
 @contextlib.contextmanager
 def told(stage, device):
-    """A context for a stage: turns an out-of-memory error into an InputError that names the flags that
-    help."""
+    """A context for a stage: an out-of-memory error becomes an InputError that names the flags that help."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        small = "" if stage in ("evaluate", "predict") else ", or take --schedule short, with another --run"
         reason = brief(error).rpartition("Allocator: ")[2][:90]
-        raise InputError(f"{stage}: out of memory on {device} ({reason}); {REMEDY[stage]}{small}") from None
+        raise InputError(f"{stage}: out of memory on {device} ({reason}); {REMEDY[stage]}") from None

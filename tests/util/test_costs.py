@@ -38,7 +38,6 @@ def test_milliseconds_take_turns():
     ms = costs.milliseconds_in_turn({"a": call, "b": lambda: order.append("b")}, repeats=3)
     assert order == ["a", "a", "b", "b"] * 4
     assert 1 <= ms["a"] < 30 and ms["b"] < ms["a"]
-    assert costs.milliseconds(time.sleep, 0.002) >= 2
 
 
 def test_a_device_is_waited_for(monkeypatch):
