@@ -23,6 +23,7 @@ and colours. To use your own videos, lay them out like CamVid and write a subcla
     data.run_main(train.main, continues=True)
 """
 import collections
+import contextlib
 import hashlib
 import math
 import os
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 
 from ops import factor
 from util import charts, download, label_maps
-from util.errors import InputError, brief, each, run_main
+from util.errors import InputError, each, run_main
 from util.frames import read_all
 from util.images import open_image, read_image  # noqa: F401 (data.read_image)
 from util.label_maps import IGNORE, ids, normal_form
@@ -277,10 +278,6 @@ class Files:
     def __init__(self, root, split):
         self.root, self.split, self.problems = pathlib.Path(root), split, []
         normal_form(self, type(self).__name__)
-        used = self.IDS[self.IDS != IGNORE].max()
-        if used >= len(self.classes):
-            raise InputError(f"{type(self).__name__}: IDS gives classes up to {used}, `classes` names "
-                             f"{len(self.classes)}; make them agree")
         self.clips = self._clips()
         self.reader = label_maps.Reader(self)
         if not self.clips and not self.problems:
@@ -300,11 +297,11 @@ class Files:
         """The files and folders in a folder, by name. Raises InputError when it can't be listed."""
         try:
             paths = sorted(folder.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
+        except PermissionError:
+            raise InputError(f"{folder}: permission denied; check this path and its permissions") from None
+        except OSError:
             raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
                              f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})") from None
-        except PermissionError:
-            raise InputError(f"{folder}: may not be read; change its permissions") from None
         return [p for p in paths if p.name[0] != "." and p.name not in ("Thumbs.db", "desktop.ini")]
 
 
@@ -329,8 +326,8 @@ class CamVid(Files):
     def _clips(self):
         images, maps = self._pictures(self.split), self._pictures(f"{self.split}annot")
         paths = []
-        for name, path in images.items():
-            if not re.search("[0-9]", name):
+        for (name, path), (_, number, _) in zip(images.items(), read_names(images.values())):
+            if number is None:
                 self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its "
                                      "place in time is unknown; rename it")
             elif name not in maps and not self.UNLABELLED:
@@ -485,14 +482,8 @@ def dataset_class(name):
 def open_split(name, root, split):
     """A split of the dataset of this name, checked. Raises InputError."""
     dataset = dataset_class(name)(root, split)
-    frames = [frame for clip in dataset.clips for frame in clip]
-    for frame in frames:
-        if not isinstance(frame, Frame) or not isinstance(frame.image, (str, os.PathLike)):
-            raise InputError(f"{type(dataset).__name__}.clips: holds {brief(repr(frame))[:60]}; it must be a "
-                             "list of clips, each a list of Frame(image, label) with two paths")
-    if all(frame.label is None for frame in frames):
-        raise InputError(f"{type(dataset).__name__}.clips: no frame of {split} has a label; every split "
-                         "needs some")
+    if all(frame.label is None for clip in dataset.clips for frame in clip):
+        raise InputError(f"{type(dataset).__name__}: no frame of {split} has a label; every split needs some")
     return dataset
 
 
@@ -512,17 +503,13 @@ class Frames:
         self.number = {frame: k for k, frame in enumerate(self.list)}
         self.images = self.labels = None
         if in_memory is None:
-            in_memory = len(self.list) * self.bytes_of_first() < self.IN_MEMORY
+            in_memory = False
+            with contextlib.suppress(InputError):         # read_all will report it together with all others
+                size = sum(array.nbytes for array in dataset.read(self.list[0]))
+                in_memory = len(self.list) * size < self.IN_MEMORY
         pixels, self.size = read_all(dataset, self.list, keep=in_memory, show=show)          # size: (H, W)
         if in_memory:
             self.images, self.labels = (torch.from_numpy(x).to(device) for x in pixels)
-
-    def bytes_of_first(self):
-        try:
-            image, label = self.dataset.read(self.list[0])
-        except InputError:                   # read_all will report it together with all others
-            return math.inf
-        return image.nbytes + label.nbytes
 
     def __getitem__(self, index):
         """Frame numbers (...) -> images (..., H, W, 3), labels (..., H, W), uint8, on the device."""
@@ -564,20 +551,16 @@ CAMVID_LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76d
 def fetch(dataset, root, given):
     """Downloads a dataset if no folder was given and the default one, root, doesn't exist.
 
-    Only CamVid can be downloaded (a subclass is another dataset), and a class with a classmethod
-    fetch(root). given: the user named root; then it must exist. Raises InputError."""
+    Only CamVid can be downloaded; a subclass of it is another dataset. given: the user named root; then it
+    must exist. Raises InputError."""
     root = pathlib.Path(root)
     if root.exists():
         return
     if dataset is CamVid and not given:
         download.download_zip(CAMVID_URL, root, CAMVID_INSIDE, verify_camvid, "pass --data DIR")
-    elif hasattr(dataset, "fetch") and not given:
-        dataset.fetch(root)
     elif given or issubclass(dataset, Files):
         source = getattr(dataset, "SOURCE", "your own dataset")
-        without = "; without --data it is downloaded" if dataset is CamVid else ""
-        raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
-                         f"({source}{without})")
+        raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR ({source})")
 
 
 def verify_camvid(root):
@@ -605,11 +588,12 @@ def main(arguments=None):
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET; CamVid: "
                                        "downloaded if there is none)")
     parser.add_argument("--output", default="contact-sheet.png",
-                        help="file of the sheet (default: %(default)s); overwrites only an earlier sheet")
+                        help="file of the sheet (default: %(default)s); an existing one is overwritten")
     args = parser.parse_args(arguments)
     args.data = args.data and os.path.expanduser(args.data)       # the shell leaves --data=~/camvid as it is
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
-    charts.check_output(args.output)
+    if not args.output.endswith(".png") or not pathlib.Path(args.output).parent.is_dir():
+        raise InputError(f"--output {args.output}: must be a .png in a folder that exists")
     fetch(kind, root, args.data is not None)
 
     def look(split):
@@ -620,7 +604,7 @@ def main(arguments=None):
     splits = each(look, ("train", "val") if kind is CityScapes else ("train", "val", "test"))
     for split, dataset in splits.items():
         describe(split, dataset)
-    charts.save_png(args.output, charts.contact_sheet(splits).finished(), charts.CONTACT_SHEET)
+    charts.save_png(args.output, charts.contact_sheet(splits).finished())
     print(f"wrote {args.output}")
 
 

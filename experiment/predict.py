@@ -112,7 +112,7 @@ def open_folder(folder):
             problems.append(f"{path}: would be written to the same file as {other.name}; rename or remove "
                             "one")
         try:
-            sizes[path] = images.look_at_image(path)
+            sizes[path] = images.read_image(path).shape[1::-1]
         except InputError as error:
             problems += error.args
         progress.update(k + 1)
@@ -212,7 +212,7 @@ def predict(command):
         if command.save_confidence:
             pictures["confidence"] = (255 * largest).round().byte().cpu().numpy()
         for folder, pixels in pictures.items():
-            charts.save_png(output / folder / f"{name}.png", Image.fromarray(pixels), folder)
+            charts.save_png(output / folder / f"{name}.png", Image.fromarray(pixels))
         charts.save_indexed(output / "labels" / f"{name}.png", labels, network.palette)
         progress.update(k + 1)
     rare = animate(output, video)
@@ -241,7 +241,7 @@ def write_classes(output, classes, palette):
     save(output / "classes.json", rows)
     canvas = charts.Canvas(480, 40 + 26 * len(classes))
     canvas.height = 20 + canvas.legend(16, 20, 448, charts.class_legend(classes, colours)[:-1])
-    charts.save_png(output / "legend.png", canvas.finished(), "a legend")
+    charts.save_png(output / "legend.png", canvas.finished())
 
 
 def animate(output, video):

@@ -7,9 +7,7 @@ import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from util.errors import InputError
 
 IGNORE = 255
 INK, GREY, LIGHT, PALE, TINT = (0, 0, 0), (110, 110, 110), (215, 215, 215), (242, 242, 242), (214, 232, 245)
@@ -59,13 +57,10 @@ def save_indexed(path, labels, palette):
     save_png(path, image)
 
 
-def save_png(path, image, description="a figure"):
-    """Writes a temporary file and renames it, so that a picture is complete or absent. The description is
-    stored in it."""
-    beside, text = f"{path}.writing", PngInfo()
-    text.add_text("Description", description)
-    image.save(beside, "PNG", pnginfo=text)
-    os.replace(beside, path)
+def save_png(path, image):
+    """Writes a temporary file and renames it, so that a picture is complete or absent."""
+    image.save(f"{path}.writing", "PNG")
+    os.replace(f"{path}.writing", path)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,9 +249,6 @@ def sheet(rows, size, entries, headings=()):
     return canvas
 
 
-CONTACT_SHEET = "a contact sheet by data.py"              # is stored in the picture
-
-
 def contact_sheet(datasets, clips=3, frames=5, width=256):
     """{split: dataset} -> a canvas: some frames of the first clips of each split, labels below them. A
     dataset has clips (lists of frames), read(frame) -> (image, labels), classes and palette."""
@@ -270,12 +262,3 @@ def contact_sheet(datasets, clips=3, frames=5, width=256):
             rows.append(((split, names[0], f"to {names[-1]}", f"{len(clip)} frames"), columns))
     H, W = rows[0][1][0][0].shape[:2]
     return sheet(rows, (width, round(width * H / W)), class_legend(dataset.classes, dataset.palette))
-
-
-def check_output(path):
-    """Raises InputError unless path ends in .png and is new or an earlier contact sheet."""
-    path = pathlib.Path(path)
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise InputError(f"--output {path}: must be a .png in a folder that exists")
-    if path.exists() and CONTACT_SHEET.encode() not in path.read_bytes()[:1000]:
-        raise InputError(f"--output {path}: exists and is no contact sheet; choose another")
