@@ -10,7 +10,7 @@ import torch
 import data
 from dyncell import STATICS
 from experiment.networks import SEARCHES, strategies
-from util.errors import InputError
+from util.errors import REMEDY, InputError
 from util.device import available, has_bf16
 from util.files import load, read_log
 from util.progress import duration
@@ -164,9 +164,6 @@ def announce(run, command, recipe_for):
 # with `attention`. A_CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell that needs most,
 # per frame after the first.
 STATIC, WHOLE, A_CELL = 3100, 2600, 600
-REMEDY = {"pretrain": "lower --static-batch or --static-crop",
-          "search": "lower --search-batch or --input-crop",
-          "finetune": "lower --cell-batch, --end-crop or --input-crop"}
 
 
 def check_memory(run, stage):
@@ -183,4 +180,4 @@ def check_memory(run, stage):
         need /= run.world
     if has is not None and need > has:
         raise InputError(f"{stage}: its steps need about {need / 1e9:.0f} GB, and {run.device} has "
-                         f"{has / 1e9:.0f} GB; {REMEDY[stage]}, or take --schedule short with another --run")
+                         f"{has / 1e9:.0f} GB; {REMEDY[stage]}")

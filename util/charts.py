@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from util.label_maps import IGNORE
 
-IGNORE = 255
 INK, GREY, LIGHT, PALE, TINT = (0, 0, 0), (110, 110, 110), (215, 215, 215), (242, 242, 242), (214, 232, 245)
 BLUE, SKY, VERMILLION, ORANGE = (0, 114, 178), (86, 180, 233), (213, 94, 0), (230, 159, 0)
 GREEN, PURPLE = (0, 158, 115), (204, 121, 167)
@@ -44,9 +44,8 @@ def shown(labels, palette):
 def overlay(image, labels, palette, alpha=0.5):
     """(H, W, 3) uint8: the labels' colours blended over the image, with weight `alpha`. Ignored pixels keep
     the image's colour."""
-    image, ignored = np.asarray(image), np.asarray(labels) == IGNORE
-    colours = colourise(labels, palette)
-    colours[ignored] = image[ignored]
+    image, ignored = np.asarray(image), np.asarray(labels)[..., None] == IGNORE
+    colours = np.where(ignored, image, colourise(labels, palette))
     return np.array(Image.blend(Image.fromarray(image), Image.fromarray(colours), alpha))
 
 
@@ -67,6 +66,7 @@ def save_png(path, image):
 # A canvas: lines, boxes, marks, text
 
 ZOOM = 3                                     # all is drawn larger by this, then reduced: smooth lines
+DIAMOND = (0, -1), (1, 0), (0, 1), (-1, 0)
 
 
 @functools.lru_cache
@@ -74,7 +74,6 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-@functools.lru_cache
 def drawable(text):
     """The text with ? for each character that Pillow's font doesn't have, which is nearly all but ASCII."""
     box = bytes(font(16).getmask("\uffff"))               # is drawn for what is missing
@@ -83,6 +82,10 @@ def drawable(text):
 
 def text_width(text, size=16):
     return font(ZOOM * size).getlength(drawable(text)) / ZOOM
+
+
+def zoomed(points):
+    return [(ZOOM * x, ZOOM * y) for x, y in points]
 
 
 class Canvas:
@@ -109,20 +112,17 @@ class Canvas:
             at = [np.linspace(start, start + dash[0], 8) for start in np.arange(0, length[-1], sum(dash))]
             pieces = [np.transpose((np.interp(s, length, x), np.interp(s, length, y))) for s in at]
         for piece in pieces:
-            piece = [(ZOOM * x, ZOOM * y) for x, y in piece]
-            self.pen.line(piece, colour, round(ZOOM * width), joint="curve")
+            self.pen.line(zoomed(piece), colour, round(ZOOM * width), joint="curve")
 
     def box(self, x0, y0, x1, y1, fill=None, outline=None, radius=0):
-        corners = ZOOM * x0, ZOOM * y0, ZOOM * x1, ZOOM * y1
-        self.pen.rounded_rectangle(corners, ZOOM * radius, fill, outline, 2 * ZOOM)
+        self.pen.rounded_rectangle(zoomed([(x0, y0), (x1, y1)]), ZOOM * radius, fill, outline, 2 * ZOOM)
 
     def text(self, x, y, text, size=16, colour=INK, anchor="lm"):
         """anchor, as in Pillow, is the point of the text at (x, y): "lm" is the middle of its left edge."""
         self.pen.text((ZOOM * x, ZOOM * y), drawable(text), colour, font(ZOOM * size), anchor)
 
     def picture(self, x, y, pixels, size):
-        """Puts pixels (H, W, 3) uint8 at (x, y), resized to size (width, height). If enlarged, a pixel
-        becomes a block."""
+        """Puts pixels (H, W, 3) uint8 at (x, y), resized to size (width, height): enlarged as blocks."""
         self.pictures.append((x, y, Image.fromarray(pixels).resize(size, Image.Resampling.BOX)))
 
     def mark(self, shape, colour, x, y, r=5):
@@ -137,14 +137,11 @@ class Canvas:
             self.line([(x - r, y - r), (x + r, y + r)], colour)
             self.line([(x - r, y + r), (x + r, y - r)], colour)
         elif shape in ("disc", "ring"):
-            corners = ZOOM * (x - r), ZOOM * (y - r), ZOOM * (x + r), ZOOM * (y + r)
+            corners = zoomed([(x - r, y - r), (x + r, y + r)])
             self.pen.ellipse(corners, colour if shape == "disc" else None, colour, 2 * ZOOM)
-        else:
-            d = 1.2 * r                      # a diamond looks smaller than a disc
-            corners = [(x, y - d), (x + d, y), (x, y + d), (x - d, y)]            # diamond, hollow
-            if shape == "arrow":             # to the right
-                corners = [(x - r, y - r), (x + r, y), (x - r, y + r)]
-            corners = [(ZOOM * x, ZOOM * y) for x, y in corners]
+        else:                                # a diamond looks smaller than a disc
+            corners = [(-r, -r), (r, 0), (-r, r)] if shape == "arrow" else np.multiply(1.2 * r, DIAMOND)
+            corners = zoomed([(x + dx, y + dy) for dx, dy in corners])
             self.pen.polygon(corners, None if shape == "hollow" else colour, colour, 2 * ZOOM)
 
     def legend(self, x, y, width, entries):
@@ -165,7 +162,7 @@ def class_legend(classes, palette):
     font can't draw has its number instead."""
     names = [name if name and drawable(name) == name else f"class {k}" for k, name in enumerate(classes)]
     entries = [("swatch", tuple(map(int, colour)), name) for colour, name in zip(palette, names)]
-    return entries + [("striped", None, "ignored")]
+    return [*entries, ("striped", None, "ignored")]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -205,12 +202,10 @@ class Plot:
         canvas.text(self.left, self.top - 20, ylabel, colour=GREY)
 
     def x(self, value):
-        low, high = self.xrange
-        return self.left + (value - low) / (high - low) * (self.right - self.left)
+        return np.interp(value, self.xrange, (self.left, self.right))
 
     def y(self, value):
-        low, high = self.yrange
-        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
+        return np.interp(value, self.yrange, (self.bottom, self.top))
 
     def dots(self, points, shape, colour, r=5):
         for x, y in points:

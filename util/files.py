@@ -39,8 +39,8 @@ def load(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:               # a damaged file raises many kinds
-        raise InputError(f"{path}: cannot be read ({brief(error)[:80]}); restore it or use another --run"
-                         ) from None
+        reason = brief(error)[:80]
+        raise InputError(f"{path}: cannot be read ({reason}); restore it or use another --run") from None
 
 
 def fill(module, state, path):
