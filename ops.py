@@ -34,11 +34,9 @@ def sample_bilinear(x, rows, cols):
     border: the convention of deformable convolution. Differentiable in all three arguments.
     Raises ValueError when the shapes don't fit.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x must be (B, C, H, W), got {tuple(x.shape)}")
-    if rows.dim() != 3 or rows.shape != cols.shape or rows.shape[0] != x.shape[0]:
-        raise ValueError(f"rows and cols must both be (B, h, w) with B = {x.shape[0]}, "
-                         f"got {tuple(rows.shape)} and {tuple(cols.shape)}")
+    if x.dim() != 4 or rows.dim() != 3 or rows.shape != cols.shape or rows.shape[0] != x.shape[0]:
+        raise ValueError("x must be (B, C, H, W), rows and cols (B, h, w), got "
+                         f"{tuple(x.shape)}, {tuple(rows.shape)}, {tuple(cols.shape)}")
     if 0 in (x.shape[0], x.shape[1], *rows.shape):        # grid_sample refuses some empty inputs
         # The sum ties the result to x: backward() works, and gives x a gradient of zeros.
         return x.new_zeros(x.shape[0], x.shape[1], *rows.shape[1:]) + 0 * x.sum()
@@ -74,19 +72,9 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     v1: Dai et al., Deformable Convolutional Networks, 2017; v2: Zhu et al., 2019.
     Raises ValueError naming the argument whose shape is wrong.
     """
-    geometry = [tuple(g) if isinstance(g, (tuple, list)) else (g, g) for g in (stride, padding, dilation)]
-    _check_deform(input, offset, weight, bias, mask, *geometry)
-    (kh, kw), (Ho, Wo) = weight.shape[2:], offset.shape[2:]
-    part = _images_at_once(input, input.shape[1] * kh * kw * Ho * Wo)
-    if part >= input.shape[0]:
-        return _deform_conv2d(input, offset, weight, bias, mask, *geometry)
-    masks = mask.split(part) if mask is not None else [None] * input.shape[0]
-    return torch.cat([_deform_conv2d(x, o, weight, bias, m, *geometry)
-                      for x, o, m in zip(input.split(part), offset.split(part), masks)])
-
-
-def _deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation):
-    """The method itself; stride, padding and dilation are pairs."""
+    stride, padding, dilation = (tuple(pair) if isinstance(pair, (tuple, list)) else (pair, pair)
+                                 for pair in (stride, padding, dilation))
+    _check_deform(input, offset, weight, bias, mask, stride, padding, dilation)
     B, cin, H, W = input.shape
     cout, cin_group, kh, kw = weight.shape
     Ho, Wo = offset.shape[2:]
@@ -373,55 +361,37 @@ AGGREGATIONS = {
 # --------------------------------------------------------------------------------------------------
 # The tables that `python ops.py` prints
 
-def print_costs(title, modules, inputs):
-    """Prints a row per module of {name: module}. All get the same inputs, which must require a gradient."""
-    def forward(module):
-        with torch.no_grad():
-            module(*inputs)
-
-    def both(module):
-        out = module(*inputs)
-        if out.requires_grad:                # the result of `zero` doesn't
-            out.sum().backward()
-
-    ms = milliseconds_in_turn({(name, call): functools.partial(call, module)
-                               for name, module in modules.items() for call in (forward, both)},
-                              device=inputs[0].device)
-    print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms forward':>11} {'ms fwd+bwd':>11} "
-          f"{'MB kept':>8}")
+def print_table(title, table, inputs):
+    """Prints a row per entry of {name: make}, in eval mode. All get the same inputs, which must require a
+    gradient."""
+    channels, device = inputs[0].shape[1], inputs[0].device
+    modules = {name: make(channels).to(device).eval() for name, make in table.items()}
+    with torch.no_grad():
+        ms = milliseconds_in_turn({name: functools.partial(module, *inputs)
+                                   for name, module in modules.items()}, device=device)
+    print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8} {'MB kept':>8}")
     for token, (name, module) in enumerate(modules.items()):
         print(f"{token:3} {name:20} {parameters(module):10,} {multiply_adds(module, *inputs) / 1e6:12.1f} "
-              f"{ms[name, forward]:11.2f} {ms[name, both]:11.2f} {megabytes_kept(module, *inputs):8.1f}")
-
-
-def print_tables_1_and_2(device):
-    """Every operation and aggregation; then a plain and a deformable convolution on a whole batch."""
-    def maps(count, batch, height, width):
-        return [torch.randn(batch, 64, height, width).to(device).requires_grad_() for _ in range(count)]
-
-    torch.manual_seed(0)
-    operations = {name: make(64).to(device).eval() for name, make in OPERATIONS.items()}
-    aggregations = {name: make(64).to(device).eval() for name, make in AGGREGATIONS.items()}
-    two = {name: operations[name] for name in ("conv3x3", "deform3x3")}
-    print(f"At 64 channels, 45 x 60 (1/8 of a CamVid frame), batch 1, float32, device {device},\n"
-          f"{torch.get_num_threads()} threads. MB kept: memory that a forward pass keeps for the backward "
-          "pass,\nincluding its result.")
-    print_costs("Table 1: operations", operations, maps(1, 1, 45, 60))
-    print_costs("Table 2: aggregations", aggregations, maps(2, 1, 45, 60))
-    print_costs("batch 16, 50 x 60", two, maps(1, 16, 50, 60))       # 1/8 of a padded frame (Sect. 4.1)
+              f"{ms[name]:8.2f} {megabytes_kept(module, *inputs):8.1f}")
 
 
 def main(arguments=None):
     import argparse
     parser = argparse.ArgumentParser(
         description="Prints Tables 1 and 2: the cost of every operation and aggregation at 1/8 of a CamVid "
-                    "frame. It takes about twenty seconds on one core.")
+                    "frame. It takes about five seconds on one core.")
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
-    print_tables_1_and_2(usable_device(parser.parse_args(arguments).device))
+    device = usable_device(parser.parse_args(arguments).device)
+    torch.manual_seed(0)
+    x, y = (torch.randn(1, 64, 45, 60).to(device).requires_grad_() for _ in range(2))
+    print(f"At 64 channels, 45 x 60 (1/8 of a CamVid frame), batch 1, float32, device {device},\n"
+          f"{torch.get_num_threads()} threads. ms: a forward pass; MB: what it keeps for a backward pass.")
+    print_table("Table 1: operations", OPERATIONS, [x])
+    print_table("Table 2: aggregations", AGGREGATIONS, [x, y])
 
 
 # --------------------------------------------------------------------------------------------------
-# What the method does without: checks, and two workarounds for CPUs
+# What the method does without: checks, and a workaround for CPUs
 
 def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
     """Raises ValueError naming the argument of deform_conv2d that is wrong."""
@@ -433,32 +403,19 @@ def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
         raise ValueError("input must be (B, Cin, H, W) and weight (Cout, Cin / groups, kh, kw), where only "
                          f"B may be zero, got {shapes}")
     (B, cin, *size), (cout, cin_group, *kernel) = input.shape, weight.shape
-    if cin % cin_group or cout % (cin // cin_group):
-        raise ValueError(f"weight must divide the input's {cin} channels into groups, got {shapes}")
     Ho, Wo = ((n + 2 * p - d * (k - 1) - 1) // s + 1
               for n, p, d, k, s in zip(size, padding, dilation, kernel, stride))
-    if min(Ho, Wo) < 1:
-        raise ValueError(f"input is too small for weight, the output would be {Ho} x {Wo}, got {shapes}")
+    if cin % cin_group or cout % (cin // cin_group) or min(Ho, Wo) < 1:
+        raise ValueError("weight must divide the channels of input and of the output into groups, and be no "
+                         f"larger than the padded input, got {shapes}")
     taps = kernel[0] * kernel[1]
-    G = max(1, offset.shape[1] // (2 * taps)) if offset.dim() == 4 else 1
-    if cin % G:
-        raise ValueError(f"offset has {G} groups, which must divide the input's {cin} channels")
+    G = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
+    if G == 0 or cin % G:
+        G = 1                                             # no number of groups fits, so offset is refused
     for name, tensor, shape in (("offset", offset, (B, 2 * G * taps, Ho, Wo)), ("bias", bias, (cout,)),
                                 ("mask", mask, (B, G * taps, Ho, Wo))):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-
-
-def _images_at_once(images, samples):
-    """How many images, of `samples` samples each, deform_conv2d processes at a time: on a CPU a million
-    samples, or one image per thread; elsewhere all.
-
-    On a CPU the samples (7 MB for an image of 64 channels of 50 x 60) are then still in the cache when the
-    mask and the matrix product read them. Forward and backward take 0.78 of the time. Below a million
-    samples parts only cost. A compiled or traced graph processes all images at once."""
-    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return images.shape[0]
-    return max(torch.get_num_threads(), 1_000_000 // samples)
 
 
 class DepthwiseInFloat32(nn.Conv2d):
