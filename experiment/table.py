@@ -1,9 +1,9 @@
 """The stages of a run, and the table of results: its rows, latency, and what is printed.
 
 Additions to the paper: control networks, seeds, key-frame intervals, val beside test."""
-import collections
 import contextlib
-import hashlib
+import itertools
+import json
 import math
 import pathlib
 import re
@@ -160,13 +160,13 @@ class Table:
     """The rows of results.json. Each is saved at once, so an interrupted evaluation continues."""
 
     def __init__(self, run):
-        self.run, self.path, self.rows, self.finished = run, run.path("results.json"), [], False
-        values = repr([(name, getattr(run.recipe, name)) for name in fields_of(run.recipe, "end")])
-        self.made_with = hashlib.sha256(values.encode()).hexdigest()[:8]
-        if self.path.exists():               # rows of networks from another recipe are scored again
-            saved = load(self.path)
-            self.rows = [row for row in saved["rows"] if row.get("made_with") == self.made_with]
-            self.finished = "best" in saved
+        self.run, self.path = run, run.path("results.json")
+        fields = {name: getattr(run.recipe, name) for name in fields_of(run.recipe, "end")}
+        self.recipe = json.loads(json.dumps(fields))              # tuples become lists, as in a file
+        saved = load(self.path) if self.path.exists() else {}
+        self.rows, self.finished = saved.get("rows", []), "best" in saved
+        if saved.get("recipe") != self.recipe:                    # of other networks: they are scored again
+            self.rows = []
 
     def missing(self):
         """[(network, key-frame intervals)] of the rows that have no scores yet. Empty except in rank 0,
@@ -180,9 +180,8 @@ class Table:
         return rows if self.run.rank == 0 else []
 
     def add(self, network, every, costs, scores):
-        row = new_row(self.run, network, every, costs, scores)
-        self.rows.append({**row, "made_with": self.made_with})
-        save(self.path, {"rows": self.rows})
+        self.rows.append(new_row(self.run, network, every, costs, scores))
+        save(self.path, {"recipe": self.recipe, "rows": self.rows})
 
     def finish(self, segment_clips):
         """Saves the name of the best cell on val, and the frames where it and the baseline differ most."""
@@ -195,7 +194,7 @@ class Table:
         both = [segment_clips(run, run.load(name), split, every)
                 for name, every in (("baseline", 1), (best, first))]
         save(run.path("examples.pt"), differing_frames(run.frames(split), *both, best))
-        save(self.path, {"rows": self.rows, "best": best, "reported": split})
+        save(self.path, {"recipe": self.recipe, "rows": self.rows, "best": best, "reported": split})
 
 
 def new_row(run, network, every, costs, scores):
@@ -269,40 +268,39 @@ def percent(values):
     return f"{100 * statistics.mean(values):.1f}{std}"
 
 
-def print_line(title, cells, widths):
+def print_line(title, cells, widths=itertools.repeat(10)):
     print(f"{title:38}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths)).rstrip())
 
 
 def print_table(results):
     """Prints the rows of results.json: mIoU as in Table 3 (CityScapes: Table 4), parameters and times as in
     Table 5; then the IoU of each class at a network's first key-frame interval, and the genotypes."""
-    split, groups, machines, first = results["reported"], collections.defaultdict(list), {}, {}
+    split, groups, machines, first = results["reported"], {}, {}, {}
     for row in results["rows"]:                                   # the seeds of a row are reported as one
-        groups[row["title"], row["key_frame_every"]].append(row)
+        groups.setdefault((row["title"], row["key_frame_every"]), []).append(row)
         machines.setdefault(row["machine"], f"[{len(machines) + 1}]")
-    if len(machines) == 1:                                        # else times don't compare: each says whose
+    if len(machines) == 1:                                        # else times don't compare: each has a mark
         machines = dict.fromkeys(machines, "")
     print(f"\n{split} split; scores in %, ±: standard deviation over seeds; multiply-adds in G; times in ms")
     print_line("", COLUMNS, COLUMNS.values())
     for (title, every), rows in groups.items():
-        row, later = rows[0], [row["ms_later_frame"] / row["ms_encoder"] for row in rows]
+        row, ratios = rows[0], [row["ms_later_frame"] / row["ms_encoder"] for row in rows]
         print_line(title, [
             {0: "first only", 1: "every"}.get(every, f"every {every}"),
             *(percent([row[split][name] for row in rows]) for name in ("miou", "consistency")),
             f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e9:.2f}", f"{row['ms_later_frame']:.1f}",
-            f"{row['ms_sequence']:.1f}", f"{row['ms_clip']:.1f}", f"{statistics.median(later):.2f}",
+            f"{row['ms_sequence']:.1f}", f"{row['ms_clip']:.1f}", f"{statistics.median(ratios):.2f}",
             percent([row["val"]["miou"] for row in rows]), machines[row["machine"]]], COLUMNS.values())
         first.setdefault(title, rows)
     for name, mark in machines.items():
         print(f"times {mark} on {name}".replace("  ", " "))
 
     classes = list(results["rows"][0][split]["iou"])
-    widths = [10] * len(classes)
     print()
-    print_line("IoU of each class (the first key frame)", [name[:10] for name in classes], widths)
-    for title, rows in first.items():
+    print_line("IoU of each class, first key frame", [name[:10] for name in classes])
+    for title, rows in first.items():        # the means alone
         ious = [percent([row[split]["iou"][name] for row in rows]).split()[0] for name in classes]
-        print_line(title, ious, widths)                           # the means alone
+        print_line(title, ious)
     for title, rows in first.items():
         if rows[0]["genotype"]:
             print(f"{title}: {rows[0]['genotype']}")
