@@ -15,7 +15,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_a_snippet_runs(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "frames").mkdir()
-    for name in "ab":                                     # two small frames for the first one
+    (tmp_path / "networks").symlink_to(ROOT / "networks")
+    for name in "12":                                     # two small frames for the first one
         pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "frames" / f"{name}.png")
     names = {}
@@ -30,6 +31,6 @@ def test_a_snippet_runs(number, tmp_path, monkeypatch):
 
 def test_every_file_it_names_is_there():
     links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    named = re.findall(r"`((?:util|docs)/\w+\.\w+)`", README)
+    named = re.findall(r"`((?:util|docs|experiment|networks)/\w+\.\w+)`", README)
     for path in links + named:
         assert (ROOT / path).exists(), path
