@@ -83,7 +83,7 @@ class Recipe:
     # Sect. 4, 4.1: the search
     sequence_length: int = field("search", 3, "Sect. 4: consecutive frames in a training sequence", 2)
     input_longer_side: int = field("search", 0, "Sect. 4.1: images are resized; 0: no (CityScapes: 1024)", 0)
-    input_crop: int = field("search", 600, "Sect. 4.1: and cropped to this square, at a random place")
+    input_crop: int = field("search", 600, "Sect. 4.1: sequences are cropped to this square")
     input_pad: int = field("search", 400, "Sect. 4.1: shorter side mean-padded: 480x360 -> 480x400; 0: no", 0)
     cell_layers: int = field("search", 5, "Sect. 4.1: layers of a cell, L")
     meta_val_share: float = field("search", 0.1, "Sect. 4.1: share of sequences that score", below=1)
@@ -94,13 +94,13 @@ class Recipe:
     early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1: as done in [18]; [ours]: average, if "
                                  "below it", choices=("as-in-18", "average"))
     latency_weight: float = field("search", 0.0, "[ours], Sect. 1: W of reward * (time / target) ** -W", 0)
-    latency_target: float = field("search", 0.0, "[ours]: that target, ms a frame; 0: the decoder's time", 0)
+    latency_target: float = field("search", 0.0, "[ours]: its target, ms a frame; 0: the decoder's", 0)
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
     controller_clip: float = field("search", 0.1, "[18]: PPO's clip", below=1)
-    controller_baseline_decay: float = field("search", 0.95, "[18]: of the reward's running mean", below=1)
+    controller_baseline_decay: float = field("search", 0.95, "[18]: decay of the baseline", below=1)
     controller_rollout: int = field("search", 1, "[18]: candidates an update")
     controller_replay: int = field("search", 100, "[18]: samples an update goes through again; 0: no", 0)
-    controller_epochs: int = field("search", 1, "[18]: passes over them an update")
+    controller_epochs: int = field("search", 1, "[18]: PPO's passes over its samples an update")
     controller_entropy: float = field("search", 0.0, "[18]: weight of the entropy bonus", 0)
 
     # Sect. 4.2: the cell alone, on the frozen static network
@@ -118,7 +118,7 @@ class Recipe:
     # how much is made
     validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between looks at val; 0: no", 0)
     search_candidates: int = field("amount", 1000, "[ours]: number of sampled cells")
-    search_strategy: str = field("amount", "ppo", "Sect. 3.3: ppo; [ours]: random, every token uniform; both",
+    search_strategy: str = field("amount", "ppo", "Sect. 4.1: ppo; [ours]: random, every token uniform; both",
                                  choices=("ppo", "random", "both"))
     cells: int = field("amount", 2, "Sect. 4.2: best cells that are fine-tuned; 0: no search, only --cell", 0)
     cell: tuple[str, ...] = field("amount", (), "[ours]: cells to train by name")
@@ -127,7 +127,8 @@ class Recipe:
     seeds: int = field("amount", 1, "[ours]: trainings of the baseline and of every cell")
     key_frames: tuple[int, ...] = field("amount", (0, 10, 3), "[ours]: key-frame intervals; 0: first only", 0)
 
-# What differs from these defaults. short and smoke, made for a CPU, are in experiment/schedules.py.
+# Each schedule lists what differs from Recipe's defaults. short and smoke, made for a CPU, and those of the
+# synthetic videos, which a call without --dataset takes, are in experiment/schedules.py.
 SCHEDULES = {
     ("camvid", "paper"): {},
     ("cityscapes", "paper"): dict(
@@ -204,7 +205,8 @@ def static_optimizers(model, r):
 
 
 def pretrain(run):
-    """The static network on single labelled images: random scale and crop, auxiliary losses."""
+    """Sect. 6: the static network on single labelled images, scaled, cropped or zero-padded, and mirrored at
+    random (data.augment). The loss is CE(pred) + 0.3 * the sum over blocks of CE(auxiliary)."""
     r, frames = run.recipe, run.frames("train")
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
     torch.manual_seed(generator(r.seed, "static").initial_seed())
@@ -226,7 +228,7 @@ def pretrain(run):
             images = images[:, 0].contiguous(memory_format=torch.channels_last)           # (B, 3, h, w)
             labels = labels[:, 0]                                 # (B, h, w)
             with run.autocast():
-                pred, auxiliary = model.forward_auxiliary(images)         # (B, C, h/8, w/8), three such
+                pred, auxiliary = model.forward_auxiliary(images)     # arch2: (B, C, h/8, w/8), three such
             others = sum(cross_entropy(other, labels, r.loss_stride) for other in auxiliary)
             loss = cross_entropy(pred, labels, r.loss_stride) + r.auxiliary_weight * others
             rate = poly(done, r.poly_power)
@@ -272,8 +274,8 @@ def static_outputs(run, static, windows, transformed=True):
 
 
 class FeatureCache:
-    """The maps of some frames in memory, features in half precision. numbers (n,): the frames; highest: above
-    every number; crop: side of the square to which a sequence is cropped at random; None: it is not.
+    """The maps of some frames in memory, features in half precision. numbers (n,): the frames; highest: how
+    many frames there are; crop: side of the square to which a sequence is cropped at random; None: it is not.
 
     [ours] Whole frames are stored, and their features cropped in steps of 32 pixels (layer4's stride): so a
     crop's features have seen what lies around it."""
@@ -358,8 +360,8 @@ def new_cell(run, static, genotype, rng, past=True):
 
 @torch.no_grad()
 def score(run, cell, stored, windows):
-    """Sect. 3.3: the reward is the geometric mean of mIoU, frequency-weighted IoU and mean class accuracy,
-    of every frame after the first, at the labels' resolution."""
+    """Sect. 3.3: reward = (mIoU * frequency-weighted IoU * mean class accuracy) ** (1/3), over all frames after
+    the first, at the labels' resolution (data.Confusion)."""
     cell.eval()
     confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory
@@ -420,7 +422,7 @@ def search(run):
 def explore(run, strategy, log, static, meta_train, meta_val):
     """The controller samples cells, each is trained and scored, the scores train the controller; and again.
 
-    The log is the truth. A search that was killed goes through this loop from candidate 0 again: the same
+    The log decides. A search that was killed goes through this loop from candidate 0 again: the same
     draws, the logged rewards, so the same updates. Only what the log lacks is trained. torchrun's processes
     share the candidates of a round, and all make the same update."""
     r = run.recipe
@@ -428,7 +430,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
               r.controller_epochs, r.controller_entropy, replay=r.controller_replay, seed=r.seed)
-    early_stop, figures = EarlyStop(r.early_stop_rule, decay=0.9), {}
+    early_stop, figures = EarlyStop(r.early_stop_rule, decay=0.9), {}       # decay: [ours], of "average"
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, r.controller_rollout):
         rng = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
@@ -453,7 +455,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
             log_prob = controller.log_prob(tokens)[0].detach()    # (n,) of the controller that sampled them
             reward = torch.tensor([log[k]["reward"] for k in numbers])
             failed = torch.tensor([log[k]["status"] != "ok" for k in numbers])
-            figures = ppo.update(tokens, log_prob, reward, failed)
+            figures = ppo.update(tokens, log_prob, reward, failed)        # controller.PPO has the objective
     if strategy == "ppo":
         run.save("controller", {}, controller=controller.state_dict(), last_update=figures,
                  candidates=r.search_candidates)
@@ -462,7 +464,8 @@ def explore(run, strategy, log, static, meta_train, meta_val):
 # ---- Sect. 4.2: the best cells on the full training split -------------------------------------------------
 
 def finetune(run):
-    """Every network of the table: first its cell alone, then all end to end. The baseline has no cell."""
+    """Sect. 4.2: the two best cells and the controls (experiment/networks.py), first each cell alone, then
+    all end to end. The baseline has no cell."""
     missing = [network for network in networks.networks(run) if not run.finished(network.name)]
     alone = [network for network in missing if network.genotype and not run.finished(f"{network.name}-alone")]
     if alone:
@@ -477,7 +480,7 @@ def finetune(run):
 
 
 def finetune_cell(run, network, static, stored, windows):
-    """First the cell alone, by Adam, on the frozen static network's stored outputs, like a candidate.
+    """Sect. 4.2: first the cell alone, by Adam, on the frozen static network's stored outputs.
 
     [ours] So there is no augmentation, and on CityScapes the images are the search's."""
     r = run.recipe
@@ -493,11 +496,12 @@ def finetune_cell(run, network, static, stored, windows):
 
 
 def finetune_end_to_end(run, network):
-    """Then both: the cell by Adam at half its rate, the static network by SGD.
+    """Sect. 4.2: then both, the cell by Adam at half its rate, the static network by SGD.
 
-    [ours] Every frame's loss counts, the key frame's too: else nothing would hold the static classifier to a
-    decoder that changes. CityScapes' key frames have no label; there the static network's own prediction of
-    the last frame counts instead. The static network's batch norms keep their statistics."""
+    [ours] The loss is the sum of CE over all frames, t >= 0: without the key frame's nothing would hold the
+    static classifier to a decoder that changes. CityScapes' key frames have no label; there the static
+    network's own prediction of the last frame counts instead. The static network's batch norms keep their
+    statistics."""
     r, frames = run.recipe, run.frames("train")
     windows = frames.windows(r.sequence_length)                   # (N, T)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
@@ -515,7 +519,7 @@ def finetune_end_to_end(run, network):
             images, labels = data.augment(images, labels, r.end_crop, r.end_scale, r.end_mirrored, epoch.rng)
             labelled = bool((labels[:, 0] != data.IGNORE).any())
             with run.autocast():
-                logits = video(images)                            # (B, T, 3, H, W) -> (B, T, C, h, w)
+                logits = video(images)                            # (B, T, 3, h, w) -> (B, T, C, h/8, w/8)
                 static = None if labelled or video.cell is None else video.static(images[:, -1])
             loss = 0 if static is None else cross_entropy(static, labels[:, -1], r.loss_stride)
             for t in range(r.sequence_length):
@@ -539,7 +543,7 @@ def segment_clips(run, video, split, key_frame_every=0):
                 state, since = None, 0
             since += 1
             if video.cell is None and frames.list[k].label is None:
-                continue                                          # nothing depends on it
+                continue                                          # no label, and no state to hand on
             image, label = frames[k]                              # (H, W, 3), (H, W)
             with float32():
                 pred, state = video.segment(image, state)
@@ -563,7 +567,8 @@ def evaluate_video(run, video, split, key_frame_every=0):
 
 
 def evaluate(run):
-    """Tables 3 to 5: every network on val and on the split that is reported (test; CityScapes: val)."""
+    """Sect. 4.2, 4.3, Tables 3 to 5: every network on val and on the split that is reported (test;
+    CityScapes: val)."""
     rows = table.Table(run)
     for network, intervals in rows.missing():                     # what no evaluation has scored before
         video = run.load(network.name)
