@@ -555,8 +555,12 @@ def test_segment_and_step_refuse(segmenter):
             segmenter.segment(other, state)
     with pytest.raises(ValueError, match="another size"):             # a batch, and the state of one image
         segmenter.step(torch.zeros(2, 3, 70, 70, **DOUBLE), state)
-    with pytest.raises(ValueError, match="eval"):
-        copy.deepcopy(segmenter).train().probabilities(good)
+    training = copy.deepcopy(segmenter)
+    for part in (training.cell, training.static, training):           # eval mode is of all parts
+        part.train()
+        with pytest.raises(ValueError, match="eval"):
+            training.probabilities(good)
+        part.eval()
 
 
 # ---- Other static networks (Sect. 3.1: "not directly tied to a concrete architecture") -----------
@@ -757,6 +761,7 @@ def test_table_5(monkeypatch, capsys):
     rows = {line[:24].strip(): line[24:].split() for line in camvid.splitlines()}
     for name in ("encoder alone", *STATICS, *(f"arch2 + {name}" for name in CELLS)):
         assert len(rows[name]) == 5 and rows[name][2:] == ["1.5", "1.00", "1.00"]
+    assert float(rows["arch2 + propagate"][1]) < float(rows["arch2"][1])      # a later frame's multiply-adds
     assert rows["arch2"][0] == f"{parameters(Arch2(11)):,}" and "arch2 + cell3" in cityscapes
     both = parameters(Arch2(11)) + parameters(DynamicCell(CELLS["cell0"], 11))
     assert rows["arch2 + cell0"][0] == f"{both:,}" and "0.55 to 0.57" in cityscapes
