@@ -96,7 +96,7 @@ def test_camvid_clips_and_windows(split, clips, windows):
 def random_batch(B=3, T=2, H=20, W=30):
     """Squares of 5 pixels; the grey of an image is 20 times the label, so that the image tells the label."""
     rng = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 11, (B, T, H // 5, W // 5), generator=rng)
+    labels = 5 * torch.randint(0, 3, (B, T, H // 5, W // 5), generator=rng)
     labels = labels.repeat_interleave(5, 2).repeat_interleave(5, 3)       # (B, T, H, W)
     images = (labels * 20)[..., None].expand(B, T, H, W, 3)
     return images.to(torch.uint8), labels.to(torch.uint8)
@@ -113,7 +113,7 @@ def test_augment_keeps_image_and_label_together():
     assert torch.equal(label, labels) and torch.allclose(out, data.normalise(images), atol=1e-4)
     out, label = data.augment(images, labels, (24, 24), (0.5, 2.0), generator=seeded(1))
     assert out.shape == (40, 2, 3, 24, 24) and label.shape == (40, 2, 24, 24) and label.dtype == torch.uint8
-    assert set(label.unique().tolist()) == {*range(11), 255}
+    assert label.unique().tolist() == [0, 5, 10, 255]                     # never a mixture of two
     mean, deviation = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
     said = (out * deviation + mean) * 255 / 20                            # the label that the image tells
     close = ((said - label[:, :, None].float()).abs() < 0.05).all(2)
@@ -124,22 +124,13 @@ def test_augment_keeps_image_and_label_together():
         assert torch.equal(label[b, 0] == 255, label[b, 1] == 255)
 
 
-def test_a_label_is_never_a_mixture_of_two():
-    """Sampled between a pixel of class 2 and one of class 8, a label is 2 or 8."""
-    labels = torch.tensor([2, 8], dtype=torch.uint8).repeat(1, 1, 8, 8)   # (1, 1, 8, 16)
-    images = labels[..., None].expand(1, 1, 8, 16, 3)
-    for seed in range(20):
-        _, label = data.augment(images, labels, (9, 9), (0.5, 2.0), generator=seeded(seed))
-        assert set(label.unique().tolist()) <= {2, 8, 255}
-
-
 def placed(source, top, left, crop):
     """The crop of `source` (..., H, W) whose corner lies there; zeros outside."""
     far, (h, w) = 40, crop
     return torch.nn.functional.pad(source, [far] * 4)[..., far + top:far + top + h, far + left:far + left + w]
 
 
-@pytest.mark.parametrize("crop", [(20, 12), (28, 33), (8, 41)])
+@pytest.mark.parametrize("crop", [(20, 12), (28, 33)])
 def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
     """The crop smaller and larger than the image, also mirrored: never a mean of two pixels, which would blur
     the picture. All places are reached."""
@@ -167,18 +158,6 @@ def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
     for axis, places in ((1, tops), (2, lefts)):
         assert {place[axis] for place in seen} == set(places)
     assert {flipped for flipped, *_ in seen} == {True, False}
-
-
-@pytest.mark.parametrize("scaled", [17.3, 24.0, 50.5])
-def test_a_crops_shift_is_whole_in_the_scaled_image(scaled):
-    """The centre of the crop's pixel j shows the scaled image at j + 1/2 + a whole number."""
-    where, out = torch.linspace(0, 1, 50), 24
-    slope, shift = data.crop_map(torch.tensor(scaled), out, where)
-    for j in (0, 7, 23):
-        position = ((slope * ((2 * j + 1) / out - 1) + shift) + 1) / 2 * scaled - j - 0.5
-        assert torch.allclose(position, position.round(), atol=1e-4)
-    assert -0.5 <= position.min() - min(0, scaled - out) <= 0.5
-    assert -0.5 <= position.max() - max(0, scaled - out) <= 0.5
 
 
 def test_the_longer_side_is_resized():
@@ -216,7 +195,7 @@ def test_pad_as_the_paper_does():
 
 def test_scores_by_hand():
     confusion = Confusion(2)
-    confusion.update(torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 255]))
+    confusion.update(torch.tensor([0, 0, 1, 1, 77]), torch.tensor([0, 1, 1, 1, 255]))     # 77 is not looked at
     scores = confusion.scores()
     assert scores.iou == pytest.approx([1 / 2, 2 / 3])
     three = scores.miou, scores.fwiou, scores.macc
@@ -257,12 +236,6 @@ def test_scores_refuse_what_is_no_class(pred, label):
         Confusion(2).update(torch.tensor(pred), torch.tensor(label))
 
 
-def test_scores_do_not_look_at_predictions_on_void():
-    confusion = Confusion(2)
-    confusion.update(torch.tensor([77, 1], dtype=torch.uint8), torch.tensor([255, 1], dtype=torch.uint8))
-    assert confusion.matrix.tolist() == [[0, 0], [0, 1]]
-
-
 def test_consistency_by_hand():
     steady = Consistency(3)
     labels = torch.tensor([[[0, 1, 2, 255]], [[0, 1, 1, 255]], [[0, 1, 1, 255]]])     # pixel 2 changes
@@ -301,26 +274,38 @@ def test_small_camvid_is_read(camvid, monkeypatch):
 
 
 def test_cityscapes(tmp_path):
-    city = "aachen"
-    name = f"{city}_000001_000019"
-    raw = np.arange(34, dtype=np.uint8).reshape(2, 17)
-    write(tmp_path / "gtFine" / "train" / city / f"{name}_gtFine_labelIds.png", raw)
-    folder = tmp_path / "leftImg8bit_sequence" / "train" / city
-    write(folder / f"{name}_leftImg8bit.png", np.zeros((2, 17, 3), np.uint8))
-    with pytest.raises(InputError, match="000018_leftImg8bit.png: no such file"):
-        CityScapes(tmp_path, "train")
-    write(folder / f"{city}_000001_000018_leftImg8bit.png", np.full((2, 17, 3), 9, np.uint8))
-    dataset = CityScapes(tmp_path, "train")
-    (before, this), = dataset.clips
+    labels, pictures = tmp_path / "gtFine/train/ulm", tmp_path / "leftImg8bit_sequence/train/ulm"
+    for k in range(3):
+        values = np.arange(34, dtype=np.uint8).reshape(2, 17)
+        write(labels / f"ulm_{k:06d}_000019_gtFine_labelIds.png", values)
+        for t in (18, 19):
+            picture = np.full((2, 17, 3), 10 * k + t, np.uint8)
+            write(pictures / f"ulm_{k:06d}_{t:06d}_leftImg8bit.png", picture)
+    (labels / "ulm_000000_000019_gtFine_polygons.json").write_text("{}")  # theirs; no frame
+    frames = Frames(CityScapes(tmp_path, "train"), in_memory=False)
+    images, label = frames[1]
     # The official table, written out: road 7, sidewalk 8, building 11, wall 12, fence 13, pole 17, light 19,
     # sign 20, vegetation 21, terrain 22, sky 23, person 24, rider 25, car 26, truck 27, bus 28, train 31,
     # motorcycle 32, bicycle 33.
     expected = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12,
                 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-    assert dataset.read(this)[1].ravel().tolist() == [expected.get(v, 255) for v in range(34)]
-    image, label = dataset.read(before)
-    assert image[0, 0, 0] == 9 and (label == 255).all()
-    assert len(sequences(dataset.clips, 2)) == 1 and len(dataset.classes) == len(dataset.palette) == 19
+    assert label.flatten().tolist() == [expected.get(v, 255) for v in range(34)]
+    assert frames.images is None and (images == 19).all()
+    assert (frames[0][0] == 18).all() and (frames[0][1] == 255).all()
+    assert frames.windows(2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert len(CityScapes.classes) == len(CityScapes.palette) == 19
+
+    break_file(pictures / "ulm_000000_000018_leftImg8bit.png")
+    with pytest.raises(InputError, match="^.*000018_leftImg8bit.png: is not an image"):
+        Frames(CityScapes(tmp_path, "train"), in_memory=False)
+    (pictures / "ulm_000001_000018_leftImg8bit.png").unlink()
+    (labels / "ulm_000002_000019_gtFine_labelIds.png").rename(labels / "mine_gtFine_labelIds.png")
+    with pytest.raises(InputError) as error:
+        CityScapes(tmp_path, "train")
+    assert len(error.value.args) == 3
+    for line, said in zip(error.value.args, ("the name is not CITY", "000018_leftImg8bit.png: no such file",
+                                             "is not an image")):
+        assert said in line
 
 
 def test_synthetic_is_deterministic_has_its_classes_and_stays_what_results_were_measured_on():
@@ -367,18 +352,18 @@ def test_synthetic_turns_by_three_cells_a_frame():
 
 def test_ones_own_dataset_is_a_few_lines(camvid):
     class Mine(CamVid):
-        classes = ["sky", "building", "rest"]
-        palette = [(128, 128, 128), (128, 0, 0), (0, 0, 128)]             # a list will do
-        IDS = data.ids([(0, 0), (1, 1)] + [(k, 2) for k in range(2, 11)] + [(11, 255)])
+        classes, palette = {0: "sky", 1: "rest"}, [(0.5, 0.5, 0.5), (0, 0, 1)]
+        IDS = {0: 0, **{k: 1 for k in range(1, 11)}, 11: 255}
 
-        def _clips(self):                                                 # and so will paths as text
+        def _clips(self):                                                 # paths as text will do
             return [[Frame(str(f.image), str(f.label)) for f in clip] for clip in super()._clips()]
 
     class Forgotten(CamVid):                                              # IDS are CamVid's still
         classes, palette = ["sky", "rest"], CamVid.palette[:2]
 
     frames = Frames(Mine(camvid, "train"))
-    assert frames.labels.unique().tolist() == [0, 1, 2, 255] and len(frames.windows(3)) == 2
+    assert frames.labels.unique().tolist() == [0, 1, 255] and len(frames.windows(3)) == 2
+    assert frames.dataset.classes == ["sky", "rest"] and frames.dataset.palette.tolist()[1] == [0, 0, 255]
     with pytest.raises(InputError, match="^Forgotten.IDS: gives classes up to 10, `classes` names 2"):
         Forgotten(camvid, "train")
 
@@ -422,17 +407,6 @@ def test_a_split_without_any_label_and_a_read_that_gives_something_else_are_refu
         path.unlink()
     with pytest.raises(InputError, match="Mine: no frame of val has a label"):
         data.open_split("mine", camvid, "val")
-
-
-def test_other_forms_of_classes_and_colours_come_to_the_same(camvid):
-    class Mine(CamVid):
-        IDS = {k: k for k in range(11)} | {11: 255}
-        classes, palette = dict(enumerate(CamVid.classes)), CamVid.palette / 255
-
-    dataset = Mine(camvid, "test")
-    assert dataset.classes == CamVid.classes and (dataset.palette == CamVid.palette).all()
-    assert all((a == b).all() for a, b in zip(dataset.read(dataset.clips[0][0]),
-                                              CamVid(camvid, "test").read(dataset.clips[0][0])))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -495,12 +469,8 @@ NO_IMAGE = "is not an image that can be decoded"
 
 
 def break_file(path):
-    path.write_bytes(path.read_bytes()[:60])
-
-
-def as_format(path, kind):
-    """The same picture under its old name with another content: what the name says must not matter."""
-    Image.open(path).convert("RGB").save(path, kind)
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
 
 
 def rename(d):
@@ -530,7 +500,6 @@ def no_windows(d):
 
 FAULTS = {
     "truncated image": (lambda d: break_file(d / FIRST), f"{FIRST}: {NO_IMAGE}"),
-    "truncated jpeg": (lambda d: break_file(d / "train/0001TP_000030.jpg"), f"0001TP_000030.jpg: {NO_IMAGE}"),
     "empty image": (lambda d: (d / FIRST).write_bytes(b""), f"{FIRST}: {NO_IMAGE} (not PNG or JPEG)"),
     "truncated label": (lambda d: break_file(d / LABEL), f"{LABEL}: {NO_IMAGE}"),
     "sizes differ": (lambda d: write(d / LABEL, np.zeros((6, 7), np.uint8)),
@@ -540,19 +509,13 @@ FAULTS = {
     "16-bit image": (lambda d: write(d / FIRST, DEEP), f"{FIRST}: pixels of mode I;16"),
     "another size": (another_size, f"{FIRST}: 8 x 9, most others 8 x 6; all frames of a split must have"),
     "missing label": (lambda d: (d / LABEL).unlink(), f"{FIRST}: has no label {LABEL}"),
-    "missing labels": (lambda d: (d / "trainannot").rename(d / "elsewhere"), "trainannot: no such folder"),
     "missing image": (lambda d: (d / FIRST).unlink(), f"{LABEL}: has no image {FIRST}"),
     "one frame twice": (lambda d: write(d / "train/0001TP_000000.jpg", RGB),
                         f"{FIRST}: is the same frame as 0001TP_000000.jpg"),
     "names": (rename, "train/picture.png: the name is not CLIP_FRAME"),
-    "another kind of file": (lambda d: (d / "train/notes.txt").write_text("mine"),
-                             "train/notes.txt: the name is not CLIP_FRAME"),
-    "wrong extension": (lambda d: as_format((d / FIRST).rename(d / "train/0001TP_000000.bmp"), "BMP"),
-                        f"0001TP_000000.bmp: {NO_IMAGE} (not PNG or JPEG)"),
-    "an EPS named PNG": (lambda d: as_format(d / FIRST, "EPS"), f"{FIRST}: {NO_IMAGE} (not PNG or JPEG)"),
+    "an EPS named PNG": (lambda d: Image.open(d / FIRST).save(d / FIRST, "EPS"), f"{FIRST}: {NO_IMAGE} (not"),
     "a folder named PNG": (folder_named_png, f"{FIRST}: is not an image"),
-    "empty split": (lambda d: empty(d, "train"), "no frame in split 'train'"),
-    "empty folders of one split": (lambda d: empty(d, "val"), "no frame in split 'val'"),
+    "empty split": (lambda d: empty(d, "val"), "no frame in split 'val'"),
     "no such folder": (lambda d: [shutil.rmtree(d), d.mkdir(), (d / "train").touch()], None),
 }
 
@@ -577,8 +540,7 @@ def test_a_bad_file_is_named(camvid, tmp_path_factory, capsys, fault):
 
 @pytest.mark.parametrize("fault, said", [
     (lambda d: break_file(d / "test/0001TP_000000.png"), f"test/0001TP_000000.png: {NO_IMAGE}"),
-    (no_windows, "--sequence-length 3: no clip of camvid")],
-    ids=["an image of the last split", "no windows"])
+    (no_windows, "--sequence-length 3: no clip of camvid")])
 def test_a_bad_file_is_named_before_the_training(camvid, tmp_path, capsys, fault, said):
     fault(camvid)
     arguments = ["--dataset", "camvid", "--data", str(camvid), "--schedule", "smoke"]
@@ -623,29 +585,6 @@ def test_a_clip_of_one_frame_is_read_and_what_a_file_manager_leaves_is_passed_ov
     assert frames.clips() == [[0], [1]]
     assert frames.windows(2).shape == (0, 2) and frames.windows(1).shape == (2, 1)
     assert frames.windows(2).dtype == torch.int64
-
-
-def test_cityscapes_is_looked_at_once_before_the_training(tmp_path):
-    labels, pictures = tmp_path / "gtFine/train/ulm", tmp_path / "leftImg8bit_sequence/train/ulm"
-    for k in range(4):
-        write(labels / f"ulm_{k:06d}_000019_gtFine_labelIds.png", np.zeros((6, 8), np.uint8))
-        for t in (18, 19):
-            picture = np.random.default_rng(k).integers(0, 256, (6, 8, 3), np.uint8)
-            write(pictures / f"ulm_{k:06d}_{t:06d}_leftImg8bit.png", picture)
-    (labels / "ulm_000000_000019_gtFine_polygons.json").write_text("{}")  # theirs; no frame
-    told = []
-    frames = Frames(CityScapes(tmp_path, "train"), in_memory=False, show=lambda *shown: told.append(shown))
-    assert len(frames.list) == 8 and frames.images is None and told[-1] == (8, 8)
-    break_file(pictures / "ulm_000000_000018_leftImg8bit.png")
-    with pytest.raises(InputError, match="^.*000018_leftImg8bit.png: is not an image"):
-        Frames(CityScapes(tmp_path, "train"), in_memory=False)
-    (pictures / "ulm_000001_000018_leftImg8bit.png").unlink()
-    (labels / "ulm_000003_000019_gtFine_labelIds.png").rename(labels / "mine_gtFine_labelIds.png")
-    with pytest.raises(InputError) as error:
-        CityScapes(tmp_path, "train")
-    assert len(error.value.args) == 3
-    for line, said in zip(error.value.args, ("the name is not CITY", "no such file", "is not an image")):
-        assert said in line
 
 
 @pytest.mark.parametrize("what", ["train", LABEL])
