@@ -213,8 +213,7 @@ class Confusion:
         ValueError when the shapes differ, or a value is not one of the classes."""
         pred, label = torch.as_tensor(pred), torch.as_tensor(label)
         if pred.shape != label.shape:
-            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} must have the same "
-                             "shape")
+            raise ValueError(f"pred {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
         C, counted = self.num_classes, label != IGNORE
         label, pred = label.long(), pred.long()
         for values in (label, pred):
@@ -355,7 +354,6 @@ class CityScapes(Files):
     """CityScapes (Cordts et al. 2016): 2048x1024, 19 classes. A clip is an annotated frame and the one
     before it."""
 
-    SIZE = 1024, 2048
     LAYOUT = ("leftImg8bit_sequence/{split}/CITY/CITY_SEQ_FRAME_leftImg8bit.png and "
               "gtFine/{split}/CITY/CITY_SEQ_FRAME_gtFine_labelIds.png")
     SOURCE = ("leftImg8bit_sequence_trainvaltest.zip and gtFine_trainvaltest.zip from "
@@ -524,9 +522,8 @@ class Frames:
 
     def windows(self, length):
         """The windows of `sequences` as frame numbers, (N, length)."""
-        numbers = []
-        for window in sequences(self.dataset.clips, length):
-            numbers.append([self.number[frame] for frame in window])
+        windows = sequences(self.dataset.clips, length)
+        numbers = [[self.number[frame] for frame in window] for window in windows]
         return torch.tensor(numbers, dtype=torch.long).reshape(-1, length)
 
     def clips(self):
