@@ -360,8 +360,8 @@ def new_cell(run, static, genotype, rng, past=True):
 
 @torch.no_grad()
 def score(run, cell, stored, windows):
-    """Sect. 3.3: reward = (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), over all frames after
-    the first, at the labels' resolution (data.Confusion)."""
+    """Sect. 3.3: the reward is the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), of
+    all frames after the first, at the labels' resolution (data.Confusion)."""
     cell.eval()
     confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory

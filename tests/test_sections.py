@@ -60,9 +60,9 @@ STATEMENTS = [
 ]
 # Every field of the recipe that cites the paper.
 FIELDS = {
-    "3.1": "static_network", "3.3": "search_strategy", "4": "sequence_length", "1": "latency_weight",
-    "4.1": "input_longer_side input_crop input_pad cell_layers meta_val_share search_epochs search_batch "
-           "early_stop early_stop_rule controller_lr",
+    "3.1": "static_network", "4": "sequence_length", "1": "latency_weight",
+    "4.1": "search_strategy input_longer_side input_crop input_pad cell_layers meta_val_share search_epochs "
+           "search_batch early_stop early_stop_rule controller_lr",
     "4.1 4.2": "cell_lr",
     "4.2": "momentum cell_epochs cell_batch end_epochs end_lr_cell end_lr_static end_crop cells",
     "6": "static_epochs static_batch static_crop static_scale static_lr_encoder static_lr_decoder "

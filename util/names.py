@@ -1,4 +1,5 @@
-"""What the names of a video's images say: their clip, and their number in it. Nothing else knows what a clip is.
+"""What the names of a video's images say: their clip, and their number in it. Nothing else knows
+what a clip is.
 
 A name consists of words of letters and digits. The frame's number is the last group of digits that is a word
 of its own, or that changes while all before it stays the same. Names of as many words have it in the same
@@ -20,6 +21,7 @@ Name = collections.namedtuple("Name", "clip number rest")        # the text befo
 
 def clips_of(paths):
     """Paths of images -> clips, each a list of paths in time order. Names without a number are one clip."""
+    paths = list(paths)                      # also an iterator, such as Path.iterdir()
     clips, names = collections.defaultdict(list), read_names(paths)
     count = collections.Counter(name[:2] for name in names)
     doubled = {name.clip for name in names if name.number is not None and count[name[:2]] > 1}
