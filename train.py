@@ -360,7 +360,7 @@ def new_cell(run, static, genotype, rng, past=True):
 
 @torch.no_grad()
 def score(run, cell, stored, windows):
-    """Sect. 3.3: the reward is the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), of
+    """Sect. 3.3: reward: the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), of
     all frames after the first, at the labels' resolution (data.Confusion)."""
     cell.eval()
     confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
