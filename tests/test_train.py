@@ -147,14 +147,6 @@ def test_meta_train_and_meta_val_share_no_frame():
 LAYERS = "layer2", "layer3", "layer4", "dec"
 
 
-def say(run, static, images):
-    """{name: what the static network says of these images}"""
-    with torch.no_grad(), run.autocast():
-        features = static.encode(images)
-        dec, _ = static.decode(features)
-    return dict(zip(LAYERS, (*features[1:], dec)))
-
-
 def close(a, b):
     """To half precision and bf16."""
     return (a - b).norm() < 0.03 * b.norm()
@@ -206,19 +198,6 @@ def test_a_search_scores_on_the_frames_as_they_are(run, monkeypatch):
     (transformed, meta_train), (left, meta_val) = seen
     assert transformed and not left and not torch.isin(meta_train, meta_val).any()
     assert len(meta_train) > len(meta_val) > 0
-
-
-def test_stored_outputs_are_what_the_static_network_says(run, untrained):
-    """Also of frames that would be padded, for meta-val."""
-    static, (stored, _), _ = untrained
-    run.recipe.input_pad, window = 56, torch.tensor([[6, 7]])
-    images, labels = run.frames("train")[window]
-    images = data.normalise(images)[0]
-    untouched = static_outputs(run, static, window, transformed=False)
-    for sequences in (stored.pick(window), untouched.pick(window)):
-        for name, x in say(run, static, images).items():
-            assert close(sequences(name, 1), x[1:]) and not close(sequences(name, 0), x[1:])
-        assert torch.equal(sequences("labels", 1), labels[:, 1])
 
 
 def test_stored_outputs_are_unrolled_as_a_video_is(run, untrained):
