@@ -82,12 +82,13 @@ def saved(image, kind, **options):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("width", [10000, 60000, 2 ** 32 - 1])            # the limits: ours, Pillow's, PNG's
-def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(tmp_path, width):
+@pytest.mark.parametrize("width, said", [                                 # the limits: ours, Pillow's, PNG's
+    (10000, "10000 x 10000 pixels"), (60000, "bomb"), (2 ** 32 - 1, "is not an image")])
+def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(tmp_path, width, said):
     small = bytearray(saved(Image.new("RGB", (8, 8)), "PNG"))
     small[16:24] = struct.pack(">II", width, width)
     (tmp_path / "a.png").write_bytes(right_checksums(small))
-    with pytest.raises(InputError, match="a.png: (10000 x 10000 pixels|is not an image)"):
+    with pytest.raises(InputError, match=f"a.png: .*{said}"):
         images.read_image(tmp_path / "a.png")
 
 

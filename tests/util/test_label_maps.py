@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from test_images import right_checksums
 
 from data import CamVid, Frames
 from util import label_maps
@@ -109,11 +110,22 @@ def test_quantised_colours_and_other_palettes_are_refused(folder):
     ("L", "JPEG", "is a JPEG"), ("1", "PNG", "mode 1, 1 bit"), ("I;16", "PNG", "mode I;16"),
     ("RGB", "PNG", "mode RGB")])
 def test_a_label_map_of_another_kind_is_named_for_what_it_is(folder, mode, kind, said):
-    """Of grey values with few bits, Pillow would spread the values over 0..255."""
     path = folder / "trainannot/a_1.png"
     Image.fromarray(LABEL).convert(mode).save(path, kind)
     with pytest.raises(InputError, match=f"a_1.png: .*{said}"):
         Frames(Mine(folder, "train"))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_of_grey_are_named(tmp_path, bits):
+    """Pillow reads their values spread over 0..255, so class 1 of 4 bits would be 17."""
+    save(tmp_path / "a.png", LABEL, np.resize(COLOURS, (2 ** bits, 3)), bits=bits)
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[25] = 0                          # grey, not indexed
+    del content[content.index(b"PLTE") - 4:content.index(b"IDAT") - 4]
+    (tmp_path / "a.png").write_bytes(right_checksums(content))
+    with pytest.raises(InputError, match=f"a.png: .* {bits} bits"):
+        label_maps.read_values(tmp_path / "a.png")
 
 
 def turn(value):
