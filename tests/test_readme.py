@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(2))
 def test_a_snippet_runs(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "frames").mkdir()
@@ -23,9 +23,8 @@ def test_a_snippet_runs(number, tmp_path, monkeypatch):
     exec(SNIPPETS[number], names)
     if number == 0:
         assert names["labels"].shape == (60, 80)
-    elif number == 1:
-        assert names["y"].shape == (1, 8, 32, 32)
     else:
+        assert names["y"].shape == (1, 8, 32, 32)
         assert (names["tokens"] == 3).double().mean() > 0.5   # at random: 1/6
 
 
