@@ -195,7 +195,7 @@ def test_pad_as_the_paper_does():
 
 def test_scores_by_hand():
     confusion = Confusion(2)
-    confusion.update(torch.tensor([0, 0, 1, 1, 77]), torch.tensor([0, 1, 1, 1, 255]))     # 77 is not looked at
+    confusion.update(torch.tensor([0, 0, 1, 1, 77]), torch.tensor([0, 1, 1, 1, 255]))     # 77: on void
     scores = confusion.scores()
     assert scores.iou == pytest.approx([1 / 2, 2 / 3])
     three = scores.miou, scores.fwiou, scores.macc

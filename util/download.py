@@ -1,7 +1,7 @@
 """Downloads a file, or a folder that is packed as a zip. The result is complete or absent, even if two
 commands download it at once: each has temporary files of its own and renames them at the end.
 
-A failure is an InputError of one line: the address, the problem, where to put the file by hand, the remedy."""
+A failure is an InputError of one line: the address, the problem, where a file put by hand goes, a remedy."""
 import contextlib
 import hashlib
 import pathlib

@@ -70,12 +70,13 @@ SHORT = ", or take --schedule short with another --run"
 REMEDY = {                                   # of a stage that takes too much memory
     "pretrain": f"lower --static-batch or --static-crop{SHORT}",
     "search": f"lower --search-batch or --input-crop{SHORT}",
-    "finetune": f"lower --cell-batch, --end-crop or --input-crop{SHORT}", "evaluate": FRAMES, "predict": FRAMES}
+    "finetune": f"lower --cell-batch, --end-crop or --input-crop{SHORT}",
+    "evaluate": FRAMES, "predict": FRAMES}
 
 
 def out_of_memory(error):
     """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
-    texts = "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
+    texts = "can't allocate memory", "out of memory", "BLAS_STATUS_ALLOC_FAILED", "DNN_STATUS_ALLOC_FAILED"
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 

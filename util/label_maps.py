@@ -96,8 +96,8 @@ class Reader:
         values, colours = read_values(label_path, self.turn)
         label = self.dataset.IDS[values]                                  # (H, W)
         if label.min() < 0:
-            raise InputError(f"{label_path}: label value {values[label < 0][0]} is no class number in IDS; is "
-                             "this the coloured map, not the map of class numbers?")
+            raise InputError(f"{label_path}: label value {values[label < 0][0]} is no class number in IDS; "
+                             "is this the coloured map, not the map of class numbers?")
         if label.shape != image.shape[:2]:
             raise InputError(f"{label_path}: {label.shape[1]} x {label.shape[0]}, but its image "
                              f"{pathlib.Path(image_path).name} is {image.shape[1]} x {image.shape[0]}; they "
