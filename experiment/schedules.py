@@ -127,10 +127,11 @@ def left_of(run):
 
 
 def seconds_of(run, stages):
-    """Seconds that these stages will take: as expected, times what the stages before took of theirs."""
-    before = sum(run.expected[stage] for stage in run.taken)
-    pace = sum(run.taken.values()) / before if before else 1
-    return pace * sum(run.expected[stage] for stage in stages)
+    """Seconds that these stages will take: as expected, at the pace of the stages before. Those count by
+    their length: a short one, whose start takes longer than its steps, says little of hours."""
+    expected, before = (sum(run.expected[stage] for stage in some) for some in (stages, run.taken))
+    pace = (sum(run.taken.values()) + expected) / max(1e-9, before + expected)
+    return pace * expected
 
 
 def announce(run, command, recipe_for):
