@@ -182,25 +182,33 @@ def check(recipe):
         raise InputError("--cells 0: there is no cell to train; name one by --cell")
 
 
-def find_data(run, given):
-    """Downloads the data if nothing was given and it can be, and checks it before anything is written. Raises
-    one InputError with all problems."""
-    dataset, length = data.dataset_class(run.recipe.dataset), run.recipe.sequence_length
-    if run.rank == 0:
+def check_run(run, command):
+    """Downloads what nobody has named, and checks data, weights, folder and memory, before anything is
+    written. Raises InputError; one with all problems of the data."""
+    r, dataset = run.recipe, data.dataset_class(run.recipe.dataset)
+    # A folder that the run remembers was given, too. Then fetch() only looks whether it exists.
+    given = command.data_given or command.data != os.path.abspath(f"data/{r.dataset}")
+    if given:
         data.fetch(dataset, run.root, given)
-    run.barrier()
+    if "pretrain" in command.stages and not run.path("static.pt").exists():
+        weights.begin(STATICS[r.static_network](run.num_classes), r, dataset.classes)     # or it raises
+    data.fetch(dataset, run.root, given)
     try:
         splits = data.each(run.dataset, run.splits)
     except InputError:                       # check the files, too, so that one message names all problems
         data.each(run.frames, run.splits)
         raise
-    count = len(data.sequences(splits["train"].clips, length))
+    count = len(data.sequences(splits["train"].clips, r.sequence_length))
     if not count:
-        raise InputError(f"--sequence-length {length}: no clip of {run.recipe.dataset} has so many "
+        raise InputError(f"--sequence-length {r.sequence_length}: no clip of {r.dataset} has so many "
                          "consecutive frames, the last one labelled")
     if count < 2 * run.world:
-        raise InputError(f"{run.root}: its train split has {count} sequences of {length} frames; each "
-                         "process needs two, as the batch norm of gap has only one value per image")
+        raise InputError(f"{run.root}: its train split has {count} sequences of {r.sequence_length} frames; "
+                         "each process needs two, as the batch norm of gap has only one value per image")
+    check_folder(run)
+    for stage in command.stages:
+        if not (stage == "pretrain" and run.made("static")):
+            schedules.check_memory(run, stage)
 
 
 def check_folder(run):
@@ -209,9 +217,9 @@ def check_folder(run):
     for path in sorted(run.folder.glob("*.pt")):
         if path.name != "examples.pt":
             run.checkpoint(path.stem)
-    for name, _, _ in SEARCHES.values():
+    for name, _, _ in SEARCHES.values():     # a log has no recipe of its own
         if run.path(name).exists() and run.path("recipe.json").exists():
-            check_recipe(run.path(name), load(run.path("recipe.json")).get("recipe"), run.recipe, "search")
+            check_recipe(run.path(name), load(run.path("recipe.json"))["recipe"], run.recipe, "search")
     named(run)                               # does --cell give a name that another cell has?
 
 
@@ -220,21 +228,7 @@ def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
     run.join()
-    # A folder that the run remembers was given, too. Then fetch() only looks whether it exists.
-    given = command.data_given or command.data != os.path.abspath(f"data/{run.recipe.dataset}")
-    if run.rank == 0 and given:
-        data.fetch(data.dataset_class(run.recipe.dataset), run.root, given)
-    if run.rank == 0 and "pretrain" in command.stages and not run.path("static.pt").exists():
-        static = STATICS[run.recipe.static_network](run.num_classes)
-        weights.begin(static, run.recipe, data.DATASETS[run.recipe.dataset].classes)      # or it raises
-    find_data(run, given)                    # here the other processes wait for the first
-    if command.network:                      # is scored on the data alone: the folder is not touched
-        yield run
-        return
-    check_folder(run)
-    for stage in command.stages:
-        if not (stage == "pretrain" and run.finished("static")):
-            schedules.check_memory(run, stage)
+    run.first(lambda: check_run(run, command))
     if run.device.type == "cpu":
         limit_memory()
     with locked(run):

@@ -318,6 +318,18 @@ class Run:
             dist.broadcast_object_list(box)
         return box[0]
 
+    def first(self, work):
+        """work() in rank 0; the others wait. A mistake of the user that it finds ends all of them, and only
+        rank 0 reports it."""
+        problem = None
+        if self.rank == 0:
+            try:
+                work()
+            except (InputError, OSError) as error:
+                problem = error
+        if self.broadcast(problem is not None):
+            raise problem or SystemExit(2)
+
     # -- data and device
 
     def dataset(self, split):
@@ -408,8 +420,11 @@ class Run:
 
     def finished(self, name):
         """Whether NAME.pt holds a finished training. Rank 0 decides for all processes."""
-        there = self.rank == 0 and self.path(f"{name}.pt").exists()
-        return self.broadcast(there and "optimizers" not in self.checkpoint(name))
+        return self.broadcast(self.rank == 0 and self.made(name))
+
+    def made(self, name):
+        """As finished(), for this process alone."""
+        return self.path(f"{name}.pt").exists() and "optimizers" not in self.checkpoint(name)
 
     def checkpoint(self, name):
         """The content of NAME.pt. Raises InputError if it was made with another recipe, or from weights of

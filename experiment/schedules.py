@@ -10,8 +10,8 @@ import torch
 import data
 from dyncell import STATICS
 from experiment.networks import SEARCHES, strategies
-from util.errors import REMEDY, InputError
 from util.device import available, has_bf16
+from util.errors import REMEDY, InputError
 from util.files import load, read_log
 from util.progress import duration
 
@@ -163,22 +163,30 @@ def announce(run, command, recipe_for):
 # Bytes per pixel of a step in float32; bf16 takes 0.6 of them. Measured on a CPU as the peak of the resident
 # memory, minus that before the step. STATIC: 2 and 4 images of 320x320. WHOLE: as many sequences of three,
 # with `attention`. A_CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell that needs most,
-# per frame after the first.
-STATIC, WHOLE, A_CELL = 3100, 2600, 600
+# per frame after the first. STORED: of the feature cache; with layer1, in half precision, 3 bytes more.
+STATIC, WHOLE, A_CELL, STORED = 3100, 2600, 600, 5.4 + 3
 
 
 def check_memory(run, stage):
-    """Raises InputError if a step of this stage will need more memory than is available. The estimate errs
-    upwards by a tenth."""
-    r, (height, width) = run.recipe, run.frame_size()
-    height, width = (max(r.input_pad, min(r.input_crop, side)) for side in (height, width))
-    pixels = {"pretrain": STATIC * r.static_batch * r.static_crop[0] * r.static_crop[1],
-              "search": A_CELL * r.search_batch * (r.sequence_length - 1) * height * width,
-              "finetune": WHOLE * r.cell_batch * r.sequence_length * r.end_crop[0] * r.end_crop[1]}
-    has, need = available(run.device), 1.1 * (0.6 if has_bf16(run.device) else 1) * pixels.get(stage, 0)
-    need *= 1 if run.own_gpu() else run.local_world               # so many processes take the memory
-    if stage != "search":                    # they share a batch; in the search each has a candidate
-        need /= run.world
+    """Raises InputError if a stage will need more memory than is available: a step, and the search's stored
+    outputs. The estimate errs upwards by a tenth."""
+    r, size = run.recipe, run.frame_size()
+    longer = r.input_longer_side or max(size)
+    sides = [side * longer / max(size) for side in size]          # resized, then cropped or padded
+    crop = [max(r.input_pad, min(r.input_crop, side)) for side in sides]
+    step, stored = 0, 0
+    if stage == "pretrain":
+        step = STATIC * r.static_batch * math.prod(r.static_crop)
+    elif stage == "search" and strategies(r):                     # meta-val is not resized
+        step = A_CELL * r.search_batch * (r.sequence_length - 1) * math.prod(crop)
+        frames = sum(map(len, run.dataset("train").clips))
+        stored = STORED * frames * (math.prod(sides) + r.meta_val_share * math.prod(size))
+    elif stage == "finetune":
+        step = WHOLE * r.cell_batch * r.sequence_length * math.prod(r.end_crop)
+    if stage != "search":                    # torchrun's processes share a batch, each has a candidate
+        step /= run.world
+    need = 1.1 * (0.6 if has_bf16(run.device) else 1) * step + stored
+    need, has = need * (1 if run.own_gpu() else run.local_world), available(run.device)
     if has is not None and need > has:
-        raise InputError(f"{stage}: its steps need about {need / 1e9:.0f} GB, and {run.device} has "
-                         f"{has / 1e9:.0f} GB; {REMEDY[stage]}")
+        raise InputError(f"{stage}: needs about {need / 1e9:.1f} GB, and {run.device} has {has / 1e9:.1f} GB; "
+                         f"{REMEDY[stage]}")

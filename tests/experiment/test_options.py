@@ -3,6 +3,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 from whole_run import arguments_of, as_script, copy_of, small, smoke
@@ -10,7 +11,7 @@ from whole_run import arguments_of, as_script, copy_of, small, smoke
 import data
 import train
 from data import InputError
-from experiment import options
+from experiment import options, runs, schedules
 from train import Recipe, recipe_for
 from util import files
 
@@ -157,6 +158,26 @@ def test_the_exit_status_is_2_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert as_script(monkeypatch, "train.py", "--static-batch", "-1") == 2 and not any(tmp_path.iterdir())
     assert capsys.readouterr().err.startswith("error: --static-batch -1: ")
+
+
+@pytest.mark.parametrize("dataset, schedule, needs", [
+    ("camvid", "short", {"pretrain": (2, 4), "search": (2, 4), "finetune": (2, 4), "evaluate": (0, 0)}),
+    ("camvid", "paper", {"pretrain": (20, 30), "search": (6, 12), "finetune": (12, 22)}),
+    ("cityscapes", "paper", {"search": (25, 45)})])
+def test_too_little_memory_is_told_before_any_work(tmp_path, monkeypatch, dataset, schedule, needs):
+    """In GB, on a CPU with bf16. CityScapes: mostly the stored outputs of 5,950 frames."""
+    size, frames = ((1024, 2048), 5950) if dataset == "cityscapes" else ((360, 480), 367)
+    run = runs.Run(tmp_path, recipe_for(dataset, schedule), device="cpu")
+    monkeypatch.setattr(run, "frame_size", lambda: size)
+    monkeypatch.setattr(run, "dataset", lambda split: types.SimpleNamespace(clips=[[None] * frames]))
+    monkeypatch.setattr(schedules, "has_bf16", lambda device: True)
+    for stage, (least, most) in needs.items():
+        monkeypatch.setattr(schedules, "available", lambda device: most * 1e9)
+        schedules.check_memory(run, stage)
+        if least:
+            monkeypatch.setattr(schedules, "available", lambda device: least * 1e9)
+            with pytest.raises(InputError, match=f"{stage}: .* GB.*lower --.*--schedule short"):
+                schedules.check_memory(run, stage)
 
 
 def test_too_few_sequences_are_refused_before_the_training(tmp_path, small, monkeypatch):
