@@ -502,7 +502,7 @@ def one_of_two(rank, port, folder):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
     run.join()
-    parts = train_without_noise, draw, what_is_there
+    parts = train_without_noise, draw, what_is_there, find_a_mistake
     torch.save({part.__name__: part(run) for part in parts}, folder / f"rank-{rank}")
     run.barrier()
     dist.destroy_process_group()
@@ -576,6 +576,20 @@ def test_one_process_looks_at_the_folder_and_all_follow(in_two_processes):
     first, second = (part["what_is_there"] for part in in_two_processes)
     assert first == second
     assert first[0] == ["baseline", "cell-0", "cell-0-without-past"] and first[2:] == (True, False)
+
+
+def find_a_mistake(run):
+    def work():
+        raise InputError("a mistake")
+    try:
+        run.first(work)
+    except (InputError, SystemExit) as error:
+        return str(error)
+
+
+@needs_distributed
+def test_a_mistake_is_reported_by_one_process_and_ends_all(in_two_processes):
+    assert [part["find_a_mistake"] for part in in_two_processes] == ["a mistake", "2"]
 
 
 def worker(arguments, die_at):
