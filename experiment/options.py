@@ -205,6 +205,8 @@ def check_run(run, command):
     if count < 2 * run.world:
         raise InputError(f"{run.root}: its train split has {count} sequences of {r.sequence_length} frames; "
                          "each process needs two, as the batch norm of gap has only one value per image")
+    if command.network:                      # is scored on the data alone: the folder is not touched
+        return
     check_folder(run)
     for stage in command.stages:
         if not (stage == "pretrain" and run.made("static")):
@@ -229,6 +231,9 @@ def open_run(command, recipe_for):
     run = Run(command.run, command.recipe, command.data, command.device)
     run.join()
     run.first(lambda: check_run(run, command))
+    if command.network:
+        yield run
+        return
     if run.device.type == "cpu":
         limit_memory()
     with locked(run):
