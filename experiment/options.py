@@ -21,7 +21,6 @@ from util.errors import InputError
 from util.files import load, save
 from util.device import best_device, limit_memory
 
-PATHS = "data", "run", "input", "output", "network", "encoder_weights", "static"
 # The flags that only predict takes, and their defaults.
 FOR_PREDICT = {"input": None, "output": None, "key_frame_every": 0, "save_confidence": False}
 EPILOG = f"""[ours]: the paper does not say, so this project decided. [18]: the code of the paper's ancestor
@@ -40,18 +39,20 @@ def parser_for(Recipe, stages, description):
                         help="the recipe. paper: the paper's; short: made smaller for a CPU; smoke: only "
                              "shows that everything runs (default: the folder's; for a new run paper where "
                              "there is a GPU, else short)")
-    parser.add_argument("--data", help="the dataset's folder (default: the run's, else data/DATASET)")
-    parser.add_argument("--run", help="the run's folder (default: runs/DATASET)")
+    path = {"type": os.path.expanduser}      # the shell leaves the ~ of --data=~/x
+    parser.add_argument("--data", **path, help="the dataset's folder (default: the run's, else data/DATASET)")
+    parser.add_argument("--run", **path, help="the run's folder (default: runs/DATASET)")
     parser.add_argument("--stage", choices=[*stages, "predict"], help="run only this stage")
     parser.add_argument("--device", help="cuda, mps, cpu, ... (default: the best that is available)")
     parser.add_argument("--show-recipe", action="store_true", help="print what this call would do, and stop")
     own = parser.add_argument_group("--stage predict; --network also with --stage evaluate")
-    own.add_argument("--input", help="a folder of frames (.png, .jpg, in numeric order), an animated GIF, "
-                                     "WebP or APNG, or one image")
-    own.add_argument("--output", help="folder for label maps, overlays and the animation")
-    own.add_argument("--network", help="camvid: the trained one that comes with this program; static, "
-                                       "baseline, cell-0, ...: one of --run; or a checkpoint's path "
-                                       "(default: the cell of --run with the best mIoU on val)")
+    own.add_argument("--input", **path, help="a folder of frames (.png, .jpg, in numeric order), an animated "
+                                             "GIF, WebP or APNG, or one image")
+    own.add_argument("--output", **path, help="folder for label maps, overlays and the animation")
+    own.add_argument("--network", **path,
+                     help="camvid: the trained one that comes with this program; static, baseline, cell-0, "
+                          "...: one of --run; or a checkpoint's path (default: the cell of --run with the "
+                          "best mIoU on val)")
     own.add_argument("--key-frame-every", type=int, default=0, metavar="N",
                      help="static network on every Nth frame; 0 (default): on the first of a clip only")
     own.add_argument("--enlarge", type=int, default=0, metavar="N",
@@ -72,7 +73,7 @@ def parser_for(Recipe, stages, description):
             of, *more = typing.get_args(field.type)
             options.update(type=of, nargs="*" if ... in more else len(field.default), choices=choices)
         else:
-            options.update(type=kind, choices=choices)
+            options.update(path if field.name in weights.FILES else {"type": kind}, choices=choices)
         fields.add_argument(flag(field.name), **options)
     return parser
 
@@ -84,17 +85,13 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     What is not given is taken from the folder's recipe.json. A first call decides: the paper's schedule where
     there is a GPU, else short."""
     command = parser_for(Recipe, stages, description).parse_args(arguments)
-    for name in PATHS:
-        if isinstance(getattr(command, name, None), str):         # the shell leaves the ~ of --data=~/x
-            setattr(command, name, os.path.expanduser(getattr(command, name)))
-    for name in weights.FILES:                                    # the folder remembers them from anywhere
-        if os.path.exists(getattr(command, name, "")):
-            setattr(command, name, os.path.abspath(getattr(command, name)))
-    given = {}
-    for field in dataclasses.fields(Recipe):
-        if hasattr(command, field.name):
-            value = getattr(command, field.name)
-            given[field.name] = tuple(value) if isinstance(value, list) else value
+    given = {field.name: getattr(command, field.name) for field in dataclasses.fields(Recipe)
+             if hasattr(command, field.name)}
+    for name, value in given.items():
+        if name in weights.FILES and os.path.exists(value):       # the folder remembers it from anywhere
+            given[name] = os.path.abspath(value)
+        elif isinstance(value, list):
+            given[name] = tuple(value)
     if "cell" in given:
         given["cell"] = cell_texts(given["cell"])
     command.given, command.named_run = given, command.run is not None
@@ -186,6 +183,11 @@ def check_run(run, command):
     """Downloads what nobody has named, and checks data, weights, folder and memory, before anything is
     written. Raises InputError; one with all problems of the data."""
     r, dataset = run.recipe, data.dataset_class(run.recipe.dataset)
+    for name in ("static_batch", "cell_batch"):
+        size = getattr(r, name)
+        if 1 < run.world and size < 2 * run.world:               # the batch norm of gap needs two images
+            raise InputError(f"{flag(name)} {size}: {run.world} processes share it and need two images each, "
+                             f"so give {2 * run.world} or more")
     # A folder that the run remembers was given, too. Then fetch() only looks whether it exists.
     given = command.data_given or command.data != os.path.abspath(f"data/{r.dataset}")
     if given:

@@ -283,7 +283,7 @@ class Run:
 
     def join(self):
         """Connects to torchrun's other processes, if there are any: by nccl if each has its own GPU, else
-        by gloo. Raises InputError if a batch is too small for them."""
+        by gloo."""
         if not launched() or os.environ["WORLD_SIZE"] == "1":
             return
         self.rank, self.world, self.local_world = (
@@ -291,11 +291,6 @@ class Run:
         # Python runs no handler while a process waits for another. With the default action torchrun can end
         # it at once, not after 30 s.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for name in ("static_batch", "cell_batch"):
-            size = getattr(self.recipe, name)
-            if size < 2 * self.world:                             # the batch norm of gap needs two images
-                raise InputError(f"{flag(name)} {size}: {self.world} processes share it and need two "
-                                 f"images each, so give {2 * self.world} or more")
         forever = datetime.timedelta(days=365)                    # a candidate may take hours
         self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
         dist.init_process_group("nccl" if self.own_gpu() else "gloo", rank=self.rank, world_size=self.world,

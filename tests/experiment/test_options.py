@@ -180,6 +180,14 @@ def test_too_little_memory_is_told_before_any_work(tmp_path, monkeypatch, datase
                 schedules.check_memory(run, stage)
 
 
+def test_a_batch_that_is_too_small_for_the_processes_is_refused(tmp_path):
+    command = parse("--schedule", "smoke", "--cell-batch", "7", "--run", str(tmp_path / "run"))
+    run = runs.Run(command.run, command.recipe, device="cpu")
+    run.world = 4
+    with pytest.raises(InputError, match="--cell-batch 7: 4 processes share it.* 8 or more"):
+        options.check_run(run, command)
+
+
 def test_too_few_sequences_are_refused_before_the_training(tmp_path, small, monkeypatch):
     monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (1, 3), "val": (1, 4), "test": (1, 4)})
     with pytest.raises(InputError, match="1 sequences of 3 frames"):

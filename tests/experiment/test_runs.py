@@ -485,17 +485,6 @@ def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before
 needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 
-def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "0" if name == "RANK" else "4")
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(InputError, match="--cell-batch 7: 4 processes share it.* 8 or more"):
-            Run(tmp_path, recipe_for("synthetic", "smoke", cell_batch=7), device="cpu").join()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
 def one_of_two(rank, port, folder):
     """A process of a pair, as torchrun starts it; what the tests below look at."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
