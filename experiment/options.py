@@ -99,15 +99,20 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     command.stages = [command.stage] if command.stage else list(stages)
     folder = None if command.stage == "predict" else folder_of(command.run, Recipe)
     dataset = given.get("dataset") or (folder["recipe"].dataset if folder else "synthetic")
+    if folder and dataset != folder["recipe"].dataset:
+        raise InputError(f"--dataset {dataset}: {command.run} is a run on {folder['recipe'].dataset}; use "
+                         "another --run")
     if folder and command.schedule in (None, folder["schedule"]):
         command.schedule, command.recipe = folder["schedule"], dataclasses.replace(folder["recipe"], **given)
     else:
+        for name in weights.FILES if folder else ():              # another schedule, the same files
+            given.setdefault(name, getattr(folder["recipe"], name))
         short = dataset == "synthetic" or best_device() == "cpu"
         command.schedule = command.schedule or ("short" if short else "paper")
         command.recipe = recipe_for(dataset=dataset, schedule=command.schedule, **{
             name: value for name, value in given.items() if name != "dataset"})
     command.data_given = command.data is not None
-    if command.data is None and folder and folder["recipe"].dataset == dataset:
+    if command.data is None and folder:
         command.data = folder["data"]
     command.data = os.path.abspath(command.data or f"data/{dataset}")
     check(command.recipe)
@@ -134,6 +139,8 @@ def check_flags(command):
     """Raises InputError for a flag that is missing, or that has no effect in this call."""
     if command.network and "cell" in command.given:
         raise InputError("--cell: does nothing with --network, which holds its own cell; leave one out")
+    if command.enlarge < 0:
+        raise InputError(f"--enlarge {command.enlarge}: must be 0 or more")
     if command.stage == "predict":
         if not command.input or not command.output:
             raise InputError("--input and --output: needed for --stage predict")

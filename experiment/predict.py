@@ -99,6 +99,9 @@ def open_folder(folder):
                 return open_video(path)                           # raises InputError with the remedy
         raise InputError(f"{folder}: holds no .png or .jpg; --input is a folder of frames, an animation or "
                          "one image")
+    if photos := [path for path in others if path.is_file() and images.photo_format(path)]:
+        raise InputError(*(f"{path}: is {images.photo_format(path)}, a frame that would be left out; convert "
+                           "it to PNG or JPEG" for path in photos))
     if others:
         print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
     clips, begins = data.clips_of(paths), []
@@ -181,7 +184,8 @@ def predict(command):
     path, output = find_network(command.run, command.network), pathlib.Path(command.output)
     network, size = open_network(path, command)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: holds files already; nothing is overwritten; choose another --output")
+        raise InputError(f"{output}: holds files already, perhaps of a stopped prediction; nothing is "
+                         "overwritten, so remove them or choose another --output")
     video, every = open_video(command.input), command.key_frame_every
     announce(path, network, video, size)
 

@@ -664,7 +664,7 @@ def test_load(network, genotype, tmp_path, monkeypatch):
     ({"optimizers": []}, "no finished network"), ({"network": "arch3"}, "unknown"),
     ({"genotype": "[]"}, "unknown"), ({"classes": list("abcd")}, "another network"),
     ("static", "no finished network"),
-    ([1], "no finished network"), ("missing", "no such file"), (b"x", "cannot be read")])
+    ([1], "no finished network"), ("missing", "no such file"), (b"x", "damaged, or not")])
 def test_load_refuses(change, word, tmp_path):
     path, saved = tmp_path / "x.pt", checkpoint(VideoSegmenter(Arch2(5), DynamicCell(CELLS["propagate"], 5)))
     if isinstance(change, dict):

@@ -39,8 +39,9 @@ def load(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:               # a damaged file raises many kinds
-        reason = brief(error)[:80]
-        raise InputError(f"{path}: cannot be read ({reason}); restore it or use another --run") from None
+        reason = f"{type(error).__name__}: {brief(error)[:60]}"
+        raise InputError(f"{path}: is damaged, or not a file that this program wrote ({reason}); restore it, "
+                         "or use another") from None
 
 
 def fill(module, state, path):

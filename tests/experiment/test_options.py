@@ -77,7 +77,10 @@ def test_what_a_call_does_not_say_is_the_folders(tmp_path):
     assert (command.recipe, command.schedule, command.data) == (made, "short", "/somewhere")
     assert parse(*run, "--stage", "evaluate", "--seeds", "4").recipe == dataclasses.replace(made, seeds=4)
     assert parse(*run, "--schedule", "smoke").recipe == recipe_for("camvid", "smoke")
-    assert parse(*run, "--dataset", "synthetic").data == str(pathlib.Path("data/synthetic").absolute())
+    with pytest.raises(InputError, match="--dataset synthetic"):
+        parse(*run, "--dataset", "synthetic")
+    run = remember(tmp_path / "other", dataclasses.replace(made, encoder_weights="/w.pth"), "short", "/d")
+    assert parse(*run, "--schedule", "smoke").recipe.encoder_weights == "/w.pth"
 
 
 def test_the_tilde_is_the_home_folder_behind_an_equals_sign_too(tmp_path, monkeypatch):
