@@ -1,6 +1,7 @@
 """Files of weights that the user gives: for the encoder, for the static network, for predict."""
 import hashlib
 import pathlib
+import warnings
 
 import torch
 
@@ -100,7 +101,9 @@ def read(path, wanted):
     """The content of a file of weights. Only tensors and plain values are loaded; no code is run. Raises
     InputError that says what the file is and what is wanted."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():      # torch warns of an old pickle before it refuses it
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror.lower()}; {wanted}") from None
     except Exception as error:               # torch.load raises many kinds
