@@ -571,7 +571,7 @@ class VideoSegmenter(nn.Module):
         return logits.float().softmax(dim=0), state
 
     def prepare(self, image):
-        """(H, W, 3) uint8 -> what `segment` gives to `step`, (1, 3, H', W'): normalised, enlarged to (h, w) and
+        """(H, W, 3) uint8 -> what `segment` gives to `step`, (1, 3, H', W'): normalised, enlarged to (h, w),
         padded; and (h, w)."""
         H, W, _ = image.shape
         like = next(self.static.parameters())             # has the device and the dtype
