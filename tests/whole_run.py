@@ -28,8 +28,8 @@ from experiment import runs
 ROOT, HERE = pathlib.Path(train.__file__).parent, pathlib.Path(__file__).parent
 ARGUMENTS = ("--schedule smoke --seed 2 --search-strategy both --static-epochs 3 --static-batch 8 "
              "--static-crop 48 64 --validate-every 2 --search-batch 2 --meta-val-share 0.25 --cells 1 "
-             "--cell-epochs 2 --cell-batch 4 --end-epochs 2 --end-crop 48 64 "
-             "--key-frames 0 3").split()
+             "--static-optimizer sgd-adam --static-average 0.9 --cell-epochs 2 --cell-batch 4 --end-epochs 2 "
+             "--end-crop 48 64 --key-frames 0 3").split()
 
 # Processes are forked off one that has imported torch but never used it: that saves the import's seconds at
 # each of many starts. (The first optimiser imports torch._dynamo.)

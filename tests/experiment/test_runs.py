@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 import types
 import uuid
 
@@ -31,6 +32,7 @@ from train import recipe_for
 from experiment import networks, options, runs, schedules, table, weights
 from experiment.runs import Run, generator
 from util import device, files
+from util.progress import Progress
 
 
 @pytest.fixture
@@ -475,7 +477,10 @@ def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before
     assert schedules.left_of(Run(smoke, recipe, device="cpu")) == dict.fromkeys(train.STAGES, 0)
     assert all(share == 1 for share in schedules.left_of(run).values())
     run.expected = {"pretrain": 10, "search": 20, "finetune": 30}
-    assert schedules.seconds_of(run, ["search", "finetune"]) == 50
+    with table.stage(run, "pretrain", ["pretrain", "search", "finetune"]) as missing:
+        assert missing and Progress.after == schedules.seconds_of(run, ["search", "finetune"]) == 50
+        assert 0 < Progress.ends - time.time() <= 10
+    assert Progress.after is None and run.taken["pretrain"] > 0
     run.taken = {"pretrain": 110}
     assert schedules.seconds_of(run, ["search", "finetune"]) == pytest.approx(50 * (110 + 50) / (10 + 50))
 
