@@ -92,7 +92,7 @@ def pixels_of(recipe, run):
     rows = 1 + r.seeds * (1 + cells * len(r.key_frames))
     return {
         "pretrain": r.static_epochs * labelled * r.static_crop[0] * r.static_crop[1],
-        "search": frame * count * STORE + frame * searches * labelled * later
+        "search": (searches > 0) * frame * count * STORE + frame * searches * labelled * later
         * (r.search_epochs * CELL + 2 * r.meta_val_share * SCORE),
         "finetune": frame * (count * STORE + alone) + end * r.end_crop[0] * r.end_crop[1],
         "evaluate": rows * EVALUATE * frame * sum(frames[split] for split in run.splits[1:])}
@@ -116,8 +116,9 @@ def left_of(run):
     r, shares = run.recipe, {}
     if run.path("static.pt").exists() and r.static_epochs:
         shares["pretrain"] = len(load(run.path("static.pt"))["history"]) / r.static_epochs
-    logged = sum(len(read_log(run.path(SEARCHES[name][0]))) for name in strategies(r))
-    shares["search"] = logged / max(1, len(strategies(r)) * r.search_candidates)
+    for strategy in strategies(r):
+        logged = len(read_log(run.path(SEARCHES[strategy][0])))
+        shares["search"] = shares.get("search", 0) + logged / r.search_candidates / len(strategies(r))
     made = [path for path in run.folder.glob("*.pt") if not path.stem.endswith("-alone")
             and path.stem not in ("static", "controller", "examples")]
     shares["finetune"] = len(made) / (r.seeds * (1 + cells_of(r)))
