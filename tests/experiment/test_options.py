@@ -34,7 +34,8 @@ def remember(folder, recipe, schedule="short", data="/d"):
     ("", "cuda", "synthetic", "short"), ("--dataset camvid", "cpu", "camvid", "short"),
     ("--dataset camvid", "cuda", "camvid", "paper"), ("--dataset cityscapes", "mps", "cityscapes", "paper"),
     ("--dataset camvid --schedule paper", "cpu", "camvid", "paper")])
-def test_a_first_call_takes_the_papers_schedule_where_there_is_a_gpu(monkeypatch, words, device, dataset, schedule):
+def test_a_first_call_takes_the_papers_schedule_where_there_is_a_gpu(
+        monkeypatch, words, device, dataset, schedule):
     monkeypatch.setattr(options, "best_device", lambda: device)
     command = parse(*words.split())
     assert (command.recipe, command.schedule) == (recipe_for(dataset, schedule), schedule)
@@ -103,7 +104,8 @@ def test_a_recipe_of_another_version_is_named(tmp_path):
     ("--static-batch 4", [], ["static.pt"]),
     ("--search-epochs 2", ["recipe.json", "static.pt"], ["search.jsonl", "cell-0-alone.pt"]),
     ("--end-epochs 3", ["static.pt", "search.jsonl", "cell-0-alone.pt"], ["cell-0.pt", "results.json"])])
-def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_command(smoke, small, change, kept, lost):
+def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_command(
+        smoke, small, change, kept, lost):
     with pytest.raises(InputError) as error:
         train.main([*arguments_of(smoke), *change.split()])
     message, (flag, value) = str(error.value), change.split()
@@ -114,8 +116,8 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
 
 
 def test_the_copy_command_starts_a_run_that_goes_on(smoke, small, tmp_path, capsys):
-    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "search.jsonl", "random.jsonl", "controller.pt",
-                     "baseline.pt")
+    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "search.jsonl", "random.jsonl",
+                     "controller.pt", "baseline.pt")
     with pytest.raises(InputError) as error:
         train.main(["--run", str(folder), "--end-lr-static", "1e-3"])
     copied = str(error.value).partition(" && cp ")[2].split()
