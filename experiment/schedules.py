@@ -17,7 +17,7 @@ from util.progress import duration
 
 NAMES = "paper", "short", "smoke"
 
-# short: two hours on two cores, 8 GB. Its pre-training is what the ladder of docs/results.md chose. The
+# short: two to two and a half hours on two cores, 8 GB. Its pre-training: the trials of docs/results.md. The
 # controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
     auxiliary_cell=False, gradient_norm=0, loss_stride=2,
