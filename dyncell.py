@@ -5,9 +5,7 @@
                                      v       v
     image 1 --encoder--> layer2..4 --> dynamic cell --> dec --classifier--> pred     (every later frame)
 
-In the order of the paper: the encoder and arch2 (Sect. 3.1), the genotype and the cell (Sect. 3.2), the
-network over a video (Sect. 3.1). Images are RGB and normalised. A size such as 1/8 is that fraction of the
-image's, rounded up.
+Images are RGB and normalised. A size such as 1/8 is that fraction of the image's, rounded up.
 
     python dyncell.py       prints Table 5: parameters, multiply-adds and time per frame
 """
@@ -84,12 +82,6 @@ class MobileNetV2(nn.Module):
                 taps.append(x)
         return tuple(taps)
 
-    def load_imagenet(self, state):
-        """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier). Raises
-        RuntimeError naming the keys when they are not torchvision's."""
-        head = "features.18.", "classifier."
-        self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
-
 
 # ---- Sect. 3.1, Fig. 2: the static network, arch2 of [18] -----------------------------------------------
 
@@ -101,13 +93,11 @@ class StaticNetwork(nn.Module):
     channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
     width       channels of dec; [ours] the nodes of its cells have as many
     Classifier  class of its last part: Classifier(num_classes) is a module, called as classifier(dec, layer1)
-                -> pred. A cell has one of its own, which starts as a copy. If .needs_layer1 is False, layer1
-                may be None
-    __init__(num_classes, auxiliary=None), which sets .num_classes, .encoder and .classifier. auxiliary: None,
-                or the kind of the auxiliary heads, for training only ("cell" or "classifier"; see Arch2)
+                -> pred. A cell has one of its own, which starts as a copy. layer1 may be None if
+                .needs_layer1 is False
+    __init__(num_classes, auxiliary=None), which sets .num_classes, .encoder and .classifier; see Arch2
     decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits. h and w are its own
-                choice, and its cells predict at the same size
-    """
+                choice, and its cells predict at the same size"""
 
     def encode(self, image):                  # (B, 3, H, W), normalised -> features: layer1, ..., layer4
         return self.encoder(image)
@@ -120,49 +110,28 @@ class StaticNetwork(nn.Module):
 
 
 WIDTH = 64                         # channels of dec
-# In [18]'s notation. The contextual cell's first number and the last two of an entry are operations, with
-# their numbers in ops.OPERATIONS: here 0 conv1x1, 1 conv3x3, 4 gap, 5 conv3x3_r3. The first two of an entry
-# are nodes of the cell, see below.
-CONTEXTUAL_CELL = 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0)
-# A connection joins two maps of the pool into a block. In the pool 0 to 3 are layer1 to layer4, adapted to 64
-# channels, and 4 to 6 the blocks: block 4 = (layer2, layer4), block 5 = (block 4, layer4), block 6 = (layer3,
-# layer3). No connection uses layer1.
-CONNECTIONS = (1, 3), (4, 3), (2, 2)
 
 
 class ContextualCell(nn.Module):
-    """Node 0 is the input, node 1 = op5(node 0). An entry (p, q, a, b) appends three nodes: op_a(node p),
-    op_b(node q) and their sum. The output adds up node 1 and the sums, except those that an entry uses:
+    """In [18]'s notation 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0). Node 0 is the input, node 1 op5 of it.
+    An entry (p, q, a, b) appends three nodes: op_a(node p), op_b(node q) and their sum, so the sums are nodes
+    4, 7 and 10. The output adds up node 1 and the sums."""
 
-        node 4 = gap(node 0) + conv3x3(node 0)           (the two terms are nodes 2 and 3)
-        node 7 = conv1x1(node 3) + conv3x3(node 2)       (nodes 5 and 6)
-        node 10 = conv3x3_r3(node 5) + conv1x1(node 6)   (nodes 8 and 9)
-        output = node 1 + node 4 + node 7 + node 10
-    """
+    OPS = "conv3x3_r3  gap conv3x3  conv1x1 conv3x3  conv3x3_r3 conv1x1".split()     # 5  4, 1  0, 1  5, 0
 
     def __init__(self):
         super().__init__()
-        first, *self.entries = CONTEXTUAL_CELL
-        numbers, used = [first], set()
-        for p, q, a, b in self.entries:
-            numbers += [a, b]
-            used |= {p, q}
-        operations = list(OPERATIONS.values())
-        self.ops = nn.ModuleList(operations[number](WIDTH) for number in numbers)
-        sums = [4 + 3 * k for k in range(len(self.entries))]          # nodes 4, 7, 10
-        self.output = [node for node in (0, 1, *sums) if node not in used]
+        self.ops = nn.ModuleList(OPERATIONS[name](WIDTH) for name in self.OPS)
 
     def forward(self, x):
-        nodes = [x, self.ops[0](x)]
-        for k, (p, q, _, _) in enumerate(self.entries):
-            a = self.ops[2 * k + 1](nodes[p])
-            b = self.ops[2 * k + 2](nodes[q])
-            nodes += [a, b, a + b]
-        return sum(nodes[k] for k in self.output)
+        node1, node2, node3 = self.ops[0](x), self.ops[1](x), self.ops[2](x)
+        node5, node6 = self.ops[3](node3), self.ops[4](node2)
+        node8, node9 = self.ops[5](node5), self.ops[6](node6)
+        return node1 + (node2 + node3) + (node5 + node6) + (node8 + node9)
 
 
 class Block(nn.Module):
-    """A connection (i, j) of the decoder: adds two branches, each a contextual cell and a 1x1 conv."""
+    """Adds two branches, each a contextual cell and a 1x1 convolution, at the larger resolution."""
 
     def __init__(self):
         super().__init__()
@@ -189,6 +158,9 @@ class Classifier(nn.Conv2d):
 class Arch2(StaticNetwork):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5. pred is at 1/8, as dec is.
 
+    In [18]'s notation its decoder is (1, 3), (4, 3), (2, 2): maps 0 to 3 are layer1 to layer4, and a block
+    joins each pair to one more map, 4 to 6. dec is made of those that no block uses, 5 and 6.
+
     auxiliary adds a head to every block's output, for training only (Sect. 6). "cell" is a contextual cell
     and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
 
@@ -202,31 +174,25 @@ class Arch2(StaticNetwork):
         self.num_classes = num_classes
         self.encoder = MobileNetV2()
         self.adapt = nn.ModuleList(conv_bn_relu(channels, WIDTH) for channels in self.channels)
-        self.blocks = nn.ModuleList(Block() for _ in CONNECTIONS)
-        self.used = {k for connection in CONNECTIONS for k in connection}
-        self.unused = [k for k in range(4, 4 + len(CONNECTIONS)) if k not in self.used]     # blocks 5 and 6
-        self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(len(self.unused) * WIDTH, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.out = nn.Sequential(nn.ReLU(), *conv_bn_relu(2 * WIDTH, WIDTH))
         self.classifier = self.Classifier(num_classes)
         self.auxiliary = nn.ModuleList()
-        for _ in CONNECTIONS if auxiliary else ():
+        for _ in self.blocks if auxiliary else ():
             before = [ContextualCell()] if auxiliary == "cell" else []
             self.auxiliary.append(nn.Sequential(*before, Classifier(num_classes)))
 
     def decode_blocks(self, features):
-        """Four features -> dec, pred, and the blocks' outputs (for the auxiliary classifiers)."""
-        pool = []
-        for k, (adapt, x) in enumerate(zip(self.adapt, features)):
-            pool.append(adapt(x) if k in self.used else None)         # saves time: no block uses layer1
-        for (i, j), block in zip(CONNECTIONS, self.blocks):
-            pool.append(block(pool[i], pool[j]))                      # (B, 64, h, w)
-        size = features[1].shape[-2:]  # block 5 is at 1/8, block 6 at 1/16
-        last = torch.cat([resize(pool[k], size) for k in self.unused], dim=1)   # (B, 128, H/8, W/8)
-        dec = self.out(last)                                          # (B, 64, H/8, W/8)
-        return dec, self.classifier(dec, features[0]), pool[4:]
+        """Four features -> dec, pred, and the blocks' outputs (for the auxiliary heads)."""
+        map1, map2, map3 = (self.adapt[k](features[k]) for k in (1, 2, 3))      # no block uses layer1
+        map4 = self.blocks[0](map1, map3)                             # (B, 64, H/8, W/8)
+        map5 = self.blocks[1](map4, map3)                             # (B, 64, H/8, W/8)
+        map6 = self.blocks[2](map2, map2)                             # (B, 64, H/16, W/16)
+        dec = self.out(torch.cat([map5, resize(map6, map5.shape[-2:])], dim=1))           # (B, 64, H/8, W/8)
+        return dec, self.classifier(dec, features[0]), (map4, map5, map6)
 
     def decode(self, features):
-        dec, pred, _ = self.decode_blocks(features)
-        return dec, pred
+        return self.decode_blocks(features)[:2]
 
     def forward_auxiliary(self, image):
         _, pred, blocks = self.decode_blocks(self.encode(image))
@@ -279,30 +245,36 @@ class Genotype(tuple):
     - layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or dicts with Layer's keys. Locations,
       operations and aggregations are given by name or by number;
     - 5L tokens, as the controller samples them: a list, tuple, tensor or array of whole numbers;
-    - the printed form, which str(genotype) gives;
-    - JSON text of layers or tokens, or a line of search.jsonl, which holds both.
+    - text: as str(genotype) prints it, or JSON of layers or of tokens.
 
     Raises ValueError for anything else."""
 
     def __new__(cls, cell):
         if isinstance(cell, str):
             cell = _read(cell)
-        if isinstance(cell, dict):                        # a line of search.jsonl
-            cell = cell.get("genotype", cell.get("tokens"))
         if isinstance(cell, (torch.Tensor, np.ndarray)):
             cell = cell.tolist()                          # with Python's own numbers
         if not isinstance(cell, (list, tuple)) or not cell:
             raise ValueError(f"a genotype is a list of layers or of tokens; got {reprlib.repr(cell)}")
         if all(type(token) is int for token in cell):     # a bool is no token
             cell = [cell[k:k + 5] for k in range(0, len(cell), 5)]
-        layers, pool = [], list(INPUTS)
+        layers, pool, ops, aggs = [], list(INPUTS), list(OPERATIONS), list(AGGREGATIONS)
         for layer in cell:
-            layers.append(_layer(layer, pool))
+            try:
+                layer = Layer(**layer) if isinstance(layer, dict) else Layer(*layer)
+            except TypeError:
+                raise ValueError(f"a layer is {Layer._fields}; got {reprlib.repr(layer)}") from None
+            names = []
+            for token, known in zip(layer, (pool, pool, ops, ops, aggs)):
+                names.append(known[token] if type(token) is int and 0 <= token < len(known) else token)
+                if names[-1] not in known:
+                    raise ValueError(f"{reprlib.repr(token)} is neither 0 to {len(known) - 1} nor one of "
+                                     f"{', '.join(known)}")
+            layers.append(Layer(pool.index(names[0]), pool.index(names[1]), *names[2:]))
             pool.append(location(len(pool)))
         return super().__new__(cls, layers)
 
-    # The constructor, by names that say what is read.
-    parse = from_json = from_tokens = classmethod(lambda cls, cell: cls(cell))
+    from_json = from_tokens = classmethod(lambda cls, cell: cls(cell))    # the constructor, by other names
 
     def to_tokens(self):
         """List of 5L ints."""
@@ -336,33 +308,17 @@ class Genotype(tuple):
 
 def _read(text):
     """The printed form -> Genotype; JSON text -> what it holds."""
-    if not text.lstrip().startswith("node"):
-        try:
-            return json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
-    text = "".join(text.split())                          # without blanks and line ends
-    found = re.findall(r"\b(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
-    genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
-    if text != "".join(str(genotype).split()):            # the pattern missed a part, or `out` is wrong
-        raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
-    return genotype
-
-
-def _layer(tokens, pool):
-    """Five names or tokens, or a dict of them -> Layer. pool: the names of its positions so far."""
-    if isinstance(tokens, dict) and tokens.keys() == set(Layer._fields):
-        tokens = [tokens[field] for field in Layer._fields]
-    if not isinstance(tokens, (list, tuple)) or len(tokens) != 5:
-        raise ValueError(f"a layer is five tokens, {', '.join(Layer._fields)}; got {reprlib.repr(tokens)}")
-    names, ops, aggs = [], list(OPERATIONS), list(AGGREGATIONS)
-    for token, known in zip(tokens, (pool, pool, ops, ops, aggs)):
-        name = known[token] if type(token) is int and 0 <= token < len(known) else token
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"{reprlib.repr(token)} is neither 0 to {len(known) - 1} nor one of "
-                             f"{', '.join(known)}")
-        names.append(name)
-    return Layer(pool.index(names[0]), pool.index(names[1]), *names[2:])
+    if text.lstrip().startswith("node"):
+        text = "".join(text.split())                      # without blanks and line ends
+        found = re.findall(r"(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
+        genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
+        if text != str(genotype).replace(" ", ""):        # the pattern missed a part, or `out` is wrong
+            raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
+        return genotype
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
 
 
 # Cells by name. Those made by hand are one idea each of how to reuse the previous frame.
@@ -408,6 +364,7 @@ CELLS = {
                 node3 = concat(deform3x3(node2), deform3x3(layer3)); out = [node0, node3]""",
 }
 CELLS = {name: Genotype(text) for name, text in CELLS.items()}
+DECODER = "decoder"                     # stands in place of a genotype, see DecoderCell
 
 
 # ---- Sect. 3.2: the dynamic cell ------------------------------------------------------------------------
@@ -420,18 +377,15 @@ class DynamicCell(nn.Module):
     resolution of layer2.
 
     genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps, to
-    measure how much the cell gains from them. static: the static network, or its class, that the cell works
-    with; it decides the inputs' widths and the kind of classifier."""
+    measure how much the cell gains from them. static: the static network that it works with, or its class."""
 
     def __init__(self, genotype, num_classes, past=True, static=Arch2):
         super().__init__()
         self.genotype, self.past, width = Genotype(genotype), past, static.width
         _, layer2, layer3, layer4 = static.channels
         channels = layer4, width, layer2, layer3, layer4              # of INPUTS
-        self.adapt = nn.ModuleDict()
-        for k in self.genotype.inputs():
-            if channels[k] != width:
-                self.adapt[INPUTS[k]] = conv_bn_relu(channels[k], width)
+        adapted = [k for k in self.genotype.inputs() if channels[k] != width]
+        self.adapt = nn.ModuleDict({INPUTS[k]: conv_bn_relu(channels[k], width) for k in adapted})
         self.op1 = nn.ModuleList(OPERATIONS[layer.op1](width) for layer in self.genotype)
         self.op2 = nn.ModuleList(OPERATIONS[layer.op2](width) for layer in self.genotype)
         self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](width) for layer in self.genotype)
@@ -445,17 +399,13 @@ class DynamicCell(nn.Module):
         -> dec (B, 64, H/8, W/8), pred (B, num_classes, h, w) at the static network's size: 1/8 for arch2."""
         if not self.past:
             layer4_prev, dec_prev = torch.zeros_like(layer4_prev), torch.zeros_like(dec_prev)
-        pool = []
-        for name, x in zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4)):
-            pool.append(self.adapt[name](x) if name in self.adapt else x)
+        inputs = zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4))
+        pool = [self.adapt[name](x) if name in self.adapt else x for name, x in inputs]
         for layer, op1, op2, agg in zip(self.genotype, self.op1, self.op2, self.agg):
             pool.append(agg(op1(pool[layer.loc1]), op2(pool[layer.loc2])))      # (B, 64, h, w)
         results = [resize(pool[k], layer2.shape[-2:]) for k in self.output]
         dec = self.out(torch.cat(results, dim=1))                     # (B, 64 n, h, w) -> (B, 64, H/8, W/8)
         return dec, self.classifier(dec, layer1)
-
-
-DECODER = "decoder"                                       # stands in place of a genotype
 
 
 class DecoderCell(nn.Module):
@@ -494,13 +444,12 @@ class VideoSegmenter(nn.Module):
         frame 0:   dec_0, pred_0 = decoder(layer1_0 .. layer4_0)
         frame t:   dec_t, pred_t = cell(layer4_(t-1), dec_(t-1), layer2_t, layer3_t, layer4_t)
 
-    So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again.
+    So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again. cell=None
+    is the per-frame baseline: every frame is a key frame.
 
-    cell=None is the per-frame baseline: every frame is a key frame. `segment` and `probabilities` pad
-    every side of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to 480x400 for CamVid). [ours]
-    They enlarge a frame whose longer side is less than `enlarge` pixels, and bring the result back: dec is at
-    1/8, so thin things are lost in small frames. `load` sets .classes (a list of names) and .palette ((C, 3)
-    uint8, RGB)."""
+    `segment` and `probabilities` pad sides of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to
+    480x400 for CamVid). [ours] They enlarge a frame whose longer side is less than `enlarge` pixels, as thin
+    things are lost in small frames. `load` sets .classes, a list of names, and .palette, (C, 3) uint8."""
 
     def __init__(self, static, cell, pad=0, enlarge=0):
         super().__init__()
@@ -512,19 +461,18 @@ class VideoSegmenter(nn.Module):
         """A checkpoint of train.py (static.pt, cell-0.pt, ...) -> the whole network, float32, in eval mode.
         Nothing else is needed. Raises InputError naming the file if it holds no finished network."""
         saved = files.load(path)
-        whole = isinstance(saved, dict) and {"static", "classes", "palette"} <= saved.keys()
-        if not whole or "optimizers" in saved:            # optimizers: a training that was interrupted
+        if not isinstance(saved, dict) or "static" not in saved or "optimizers" in saved:
             raise InputError(f"{path}: no finished network; take static.pt or cell-0.pt of a finished run")
         try:
             static = STATICS[saved.get("network", "arch2")](len(saved["classes"]))
             video = cls(static, None, (saved.get("recipe") or {}).get("input_pad", 0)).eval()
             if "cell" in saved:
                 video.cell = make_cell(saved.get("genotype"), static, saved.get("past", True)).eval()
+            video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
         except (KeyError, ValueError) as error:           # no entry of STATICS, or not a genotype
             raise InputError(f"{path}: holds an unknown network ({brief(error)})") from None
         for name, module in video.named_children():       # static, and cell if it has one
             files.fill(module, saved[name], path)         # float32, also from tensors in half precision
-        video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
         return video
 
     def decode(self, features, state):
@@ -544,16 +492,13 @@ class VideoSegmenter(nn.Module):
             raise ValueError("the state belongs to a frame of another size; start with state=None")
         return self.decode(features, state)
 
-    def forward(self, frames, key_frame_every=0):
-        """frames (B, T, 3, H, W), normalised -> logits (B, T, C, h, w), at 1/8 for arch2. Frames 0, n, 2n ...
-        are key frames, where n is key_frame_every; 0: only the first is."""
+    def forward(self, frames):
+        """frames (B, T, 3, H, W), normalised; the first is a key frame -> logits (B, T, C, h, w)."""
         B, T = frames.shape[:2]
         features = self.static.encode(frames.flatten(0, 1))  # all frames at once: (B*T, C, h, w)
         features = [x.unflatten(0, (B, T)) for x in features]
         logits, state = [], None
         for t in range(T):
-            if key_frame_every and t % key_frame_every == 0:
-                state = None
             pred, state = self.decode([x[:, t] for x in features], state)
             logits.append(pred)
         return torch.stack(logits, dim=1)
@@ -588,19 +533,18 @@ class VideoSegmenter(nn.Module):
         """(H, W, 3) uint8 -> logits (C, H, W) at the image's size, new state."""
         if self.training or any(part.training for part in self.children()):
             raise ValueError("segment() and probabilities() need eval mode: call .eval() first")
-        kind, shape = getattr(image, "dtype", type(image)), tuple(getattr(image, "shape", ()))
-        if kind not in (torch.uint8, np.uint8) or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-            raise ValueError(f"an image must be (H, W, 3) uint8, RGB, tensor or array; got {kind} {shape}")
         if not torch.is_tensor(image):
             image = torch.from_numpy(np.array(image))     # a copy, as a view may be read-only or reversed
-        H, W, _ = shape
+        kind, shape = image.dtype, tuple(image.shape)
+        if kind != torch.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+            raise ValueError(f"an image must be (H, W, 3) uint8, RGB; got {shape} {kind}")
         x, (h, w) = self.prepare(image)
         logits, state = self.step(x, state)                           # (1, C, H'/8, W'/8) for arch2
         logits = resize(logits, x.shape[-2:])                         # (1, C, H', W')
         top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2      # where `pad` has put the image
         logits = logits[..., top:top + h, left:left + w]              # (1, C, h, w)
-        if (h, w) != (H, W):
-            logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)
+        if (h, w) != shape[:2]:
+            logits = F.interpolate(logits, shape[:2], mode="bilinear", align_corners=False)
         return logits[0], state                                       # (C, H, W)
 
 
@@ -611,23 +555,21 @@ def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
     """Prints Table 5 at the frame sizes (height, width) of both datasets. A row is one way to process a
     frame: the encoder alone, a static network, or, on a later frame, a cell."""
     print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms "
-          "folded and\nchannels_last. 'arch2 + ...': a later frame. cell0 to cell3 are reconstructions. "
-          "Times are medians of\ncalls made in turn.")
+          "folded. 'arch2 + ...':\na later frame. cell0 to cell3 are reconstructions. Times are medians.")
     some = "propagate", "cell2", "cell3"
-    for title, size, num_classes, names, repeats in (("CamVid", camvid, 11, CELLS, 9),
+    for title, size, num_classes, cells, repeats in (("CamVid", camvid, 11, CELLS, 9),
                                                      ("CityScapes", cityscapes, 19, some, 3)):
         image = torch.randn(1, 3, *size, device=device).to(memory_format=torch.channels_last)
-        modules = {name: network(num_classes) for name, network in STATICS.items()}
-        arch2, calls = modules["arch2"], {}
-        modules = {"encoder alone": arch2.encoder, **modules}
-        for name in names:
-            modules[f"arch2 + {name}"] = VideoSegmenter(arch2, DynamicCell(CELLS[name], num_classes))
+        statics, calls = {name: network(num_classes) for name, network in STATICS.items()}, {}
+        modules = {"encoder alone": statics["arch2"].encoder, **statics}
+        for name in cells:
+            cell = DynamicCell(CELLS[name], num_classes)
+            modules[f"arch2 + {name}"] = VideoSegmenter(statics["arch2"], cell)
         for name, module in modules.items():
             ready = fold_batchnorm(module).to(device, memory_format=torch.channels_last)
             calls[name] = functools.partial(ready, image)
             if isinstance(ready, VideoSegmenter):
-                _, state = ready.step(image)
-                calls[name] = functools.partial(ready.step, image, state)
+                calls[name] = functools.partial(ready.step, image, ready.step(image)[1])
         ms = milliseconds_in_turn(calls, repeats, device)
         print(f"\n{title:24}  parameters  G mult-adds       ms  / encoder  / arch2")
         for name, call in calls.items():

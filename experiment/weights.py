@@ -42,8 +42,9 @@ def begin(model, recipe, classes):
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
         download(IMAGENET, path, "pass --encoder-weights FILE (or none)", digest("imagenet"))
     _, state = find(path, "features.0.0.weight", ENCODER)
+    head = "features.18.", "classifier."     # for which the encoder has no place
     try:
-        model.encoder.load_imagenet(state)
+        model.encoder.load_state_dict({key: x for key, x in state.items() if not key.startswith(head)})
     except (RuntimeError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not torchvision's ({brief(error)}); {ENCODER}") from None
     return f"the encoder starts from {path}"

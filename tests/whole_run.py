@@ -40,14 +40,15 @@ FORKED.set_forkserver_preload(["whole_run", "torch._dynamo", "torch.distributed.
 
 def make_shallow(set_attribute):
     """A static network of half as many modules, for tests of what is done with a network: 8 encoder blocks
-    of 17, one entry of three in each contextual cell. The real one is tested in tests/test_dyncell.py.
+    of 17, three operations of seven in each contextual cell. The real one is tested in tests/test_dyncell.py.
 
     set_attribute: setattr in a process of one's own, monkeypatch.setattr in a test."""
     setting = [(expand, channels, 2 if channels == 96 else 1, stride)
                for expand, channels, _, stride in dyncell.MobileNetV2.SETTING]
     set_attribute(dyncell.MobileNetV2, "SETTING", setting)
     set_attribute(dyncell.MobileNetV2, "TAPPED", (2, 3, 6, 8))
-    set_attribute(dyncell, "CONTEXTUAL_CELL", (5, (0, 0, 4, 1)))
+    set_attribute(dyncell.ContextualCell, "OPS", ["conv3x3_r3", "gap", "conv3x3"])
+    set_attribute(dyncell.ContextualCell, "forward", lambda cell, x: sum(op(x) for op in cell.ops))
 
 
 def make_few(set_attribute):

@@ -39,7 +39,7 @@ def test_a_cell_is_a_name_a_file_a_checkpoint_or_a_text(smoke, tmp_path):
     name, genotype = networks.cell_of(own)
     assert name.startswith("custom-") and len(name) == len("custom-") + 6
     for text in (str(tmp_path / "own.json"), str(smoke / "cell-0.pt"), str(genotype),
-                 *networks.cell_texts([own]), json.dumps({"tokens": genotype.to_tokens()})):
+                 *networks.cell_texts([own]), json.dumps(genotype.to_tokens())):
         assert networks.cell_of(text) == (name, genotype)
     assert networks.cell_of("decoder") == ("decoder", "decoder")
     for text in ("warp", CELLS["warp"].to_json(), str(CELLS["warp"])):

@@ -28,7 +28,8 @@ WRAPPED = {
     "module.": lambda state: {f"module.{key}": value for key, value in state.items()},
     "twice": lambda state: {"optimizer": {"lr": 1.0},
                             "model": {f"module.backbone.{key}": value for key, value in state.items()}},
-    "with a head": lambda state: {"state_dict": {**state, "classifier.1.weight": torch.zeros(1000, 1280)}},
+    "with a head": lambda state: {"state_dict": {**state, "features.18.1.bias": torch.zeros(1280),
+                                                 "classifier.1.bias": torch.zeros(1000)}},
     "half precision": lambda state: {key: value.half() for key, value in state.items()},
 }
 
