@@ -3,12 +3,9 @@
 Networks run in eval mode, in float64 and with random batch-norm statistics where values are compared: so
 a difference is a difference in wiring, not in rounding, and no two branches look alike.
 """
-import copy
-import gc
 import inspect
 import json
 import math
-import pickle
 import random
 
 import numpy as np
@@ -135,22 +132,6 @@ def test_resolutions(size):
     assert dec.shape == (2, 64, *features[1].shape[2:]) and pred.shape == (2, 7, *features[1].shape[2:])
 
 
-def test_takes_torchvisions_weights_and_refuses_others():
-    """A file of torchvision's also has a head, for which there is no place. test_encoder_by_hand spells out
-    the keys."""
-    encoder, state = dyncell.MobileNetV2(), dyncell.MobileNetV2().state_dict()
-    for value in state.values():
-        value.copy_(torch.rand(value.shape) * 9)
-    head = {"features.18.1.bias": torch.zeros(1280), "classifier.1.bias": torch.zeros(1000)}
-    encoder.load_imagenet({**state, **head})
-    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
-    key = "features.5.conv.1.0.weight"
-    missing = {name: value for name, value in state.items() if name != key}
-    for other in (missing, {**state, "features.19.weight": state[key]}, {**state, key: state[key][:-1]}):
-        with pytest.raises(RuntimeError, match="features"):
-            encoder.load_imagenet(other)
-
-
 # ---- arch2 ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("num_classes, total", [(11, 2_846_283), (19, 2_850_899)])
@@ -168,19 +149,11 @@ def test_arch2_parameters(num_classes, total):
 
 def contextual(cell, x):
     """Sect. 3.1: [5, [0, 0, 4, 1], [3, 2, 0, 1], [5, 6, 5, 0]], node by node."""
+    assert [OPS.index(name) for name in cell.OPS] == [5, 4, 1, 0, 1, 5, 0]
     rate3_of_0, gap_of_0, conv3_of_0, conv1_of_3, conv3_of_2, rate3_of_5, conv1_of_6 = cell.ops
     node1, node2, node3 = rate3_of_0(x), gap_of_0(x), conv3_of_0(x)
     node5, node6 = conv1_of_3(node3), conv3_of_2(node2)
     return node1 + (node2 + node3) + (node5 + node6) + (rate3_of_5(node5) + conv1_of_6(node6))
-
-
-def test_contextual_cells_operations():
-    """Sect. 3.1: 5; 4, 1; 0, 1; 5, 0."""
-    cell = dyncell.ContextualCell()
-    convs = [m for op in cell.ops for m in op.modules() if isinstance(m, nn.Conv2d)]
-    assert [(c.kernel_size[0], c.dilation[0]) for c in convs] == [
-        (3, 3), (1, 1), (3, 1), (1, 1), (3, 1), (3, 3), (1, 1)]
-    assert isinstance(cell.ops[1], ops.GlobalAverage)
 
 
 @pytest.mark.parametrize("kind", ["cell", "classifier"])
@@ -224,23 +197,19 @@ def forms(genotype):
     """One cell in every form that is read."""
     tokens, text, printed = genotype.to_tokens(), genotype.to_json(), str(genotype)
     layers = json.loads(text)                             # dicts
-    rows = [tokens[k:k + 5] for k in range(0, len(tokens), 5)]
-    line = {"candidate": 3, "tokens": tokens, "genotype": layers, "reward": math.nan}  # of search.jsonl
     yield from (genotype, tuple(map(tuple, genotype)), layers, [list(layer.values()) for layer in layers])
-    yield from (rows, tokens, tuple(tokens), torch.tensor(tokens), np.array(tokens), torch.tensor(rows))
-    yield from (text, json.dumps(layers, indent=2) + "\n", json.dumps(tokens), json.dumps(rows))
-    yield from (line, json.dumps(line), json.dumps({"tokens": tokens}))
+    yield from (tokens, tuple(tokens), torch.tensor(tokens), np.array(tokens).reshape(-1, 5))
+    yield from (text, json.dumps(layers, indent=2) + "\n", json.dumps(tokens))
     yield from (printed, printed.replace("; ", ";\n"), f"  {printed}\n", printed.replace(" ", ""))
-    yield from (copy.deepcopy(genotype), pickle.loads(pickle.dumps(genotype)))
 
 
-@pytest.mark.parametrize("make", [Genotype, Genotype.parse, Genotype.from_json, Genotype.from_tokens])
+@pytest.mark.parametrize("make", [Genotype, Genotype.from_json, Genotype.from_tokens])
 def test_every_form_of_a_genotype_is_read(make):
     for genotype in [*random_genotypes(20), *CELLS.values()]:
-        assert all(type(token) is int for token in genotype.to_tokens())
         for form in forms(genotype):
             made = make(form)
             assert made == genotype and type(made) is Genotype and hash(made) == hash(genotype)
+            assert all(type(token) is int for token in made.to_tokens())
 
 
 def test_genotype_by_hand():
@@ -266,18 +235,13 @@ PRINTED = ("node0 = concat(skip(dec_prev), skip(layer2)); "
            "node1 = sum(gap(node0), zero(layer4)); out = [node1]")
 GOOD = dict(loc1="dec_prev", loc2="layer2", op1="deform3x3", op2="skip", agg="concat")
 HOSTILE = {
-    "tokens": [[], [0] * 4, [0] * 6, [5, 0, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 0, 6], [-1, 0, 0, 0, 0],
-               [0, 0, 0, 0, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, True], [0, 0, 0, 1.0, 0], [0, 0, None, 0, 0],
-               torch.zeros(5), torch.tensor(3), np.zeros((2, 2, 5), int)],
-    "layers": [None, 3, b"skip", {}, [()], [None], ["abcde"], [(0, 0, "skip", "skip")], [object()],
-               [{**GOOD, "op3": "skip"}], [GOOD, None], [{**GOOD, "op1": "conv7x7"}], [{**GOOD, "loc2": 5}],
-               [{**GOOD, "op2": "sum"}], [{**GOOD, "agg": "skip"}], [{**GOOD, "loc1": "node0"}]],
-    "JSON": ["", "no", "[", "null", "3", "{}", "[]", '"skip"', "[0, 0, 0, 0, 6]", "[" * 100_000,
-             json.dumps(GOOD), '{"genotype": null}', "attention"],     # a name is looked up in CELLS
+    "tokens": [[], [0] * 6, [5, 0, 0, 0, 0], [0, 0, 12, 0, 0], [0, 0, 0, 0, 6], [-1, 0, 0, 0, 0],
+               [0, 0, 0, 0, 0, 6, 0, 0, 0, 0], [0, 0, 0, 0, True], torch.zeros(5), torch.tensor(3)],
+    "layers": [None, b"skip", {}, [None], ["abcde"], [(0, 0, "skip", "skip")], [{**GOOD, "op3": "skip"}],
+               [{**GOOD, "op1": "conv7x7"}], [{**GOOD, "op2": "sum"}], [{**GOOD, "loc1": "node0"}]],
+    "JSON": ["", "null", "{}", '"skip"', "[0, 0, 0, 0, 6]", "[" * 100_000, json.dumps(GOOD), "attention"],
     "printed": [PRINTED.replace("[node1]", "[node0, node1]"), PRINTED.replace("; out = [node1]", ""),
-                PRINTED + "; out = [node1]", PRINTED.replace("node1 =", "node2 ="), PRINTED.upper(),
-                PRINTED.replace("dec_prev", "node0"), PRINTED.replace("skip", "conv7x7"),
-                "node0 = " + "a" * 9999]
+                PRINTED.replace("node1 =", "node2 ="), PRINTED.replace("dec_prev", "node0"), "node0" * 999]
     + [PRINTED[:k] + PRINTED[k + 1:] for k in range(len(PRINTED)) if PRINTED[k] != " "]}     # a letter lost
 
 
@@ -298,29 +262,15 @@ PUBLISHED = {"cell0": (5, 11, 0.50, "attention"), "cell1": (5, 11, 0.34, "conv3d
              "cell2": (4, 19, 0.39, "conv3d"), "cell3": (4, 19, 0.45, "affine")}
 
 
-def path_to_output(genotype, start):
-    """Whether an input reaches the output by operations that let something of it through, pixel by pixel."""
-    reached = {list(CHANNELS).index(start)}
-    for k, x in enumerate(genotype):
-        for loc, op in ((x.loc1, x.op1), (x.loc2, x.op2)):
-            if loc in reached and op not in ("zero", "gap"):
-                reached.add(5 + k)
-    return bool(reached & set(genotype.output()))
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_reconstructed_cell_is_what_the_paper_says(name):
     genotype, (layers, classes, millions, also) = CELLS[name], PUBLISHED[name]
     assert len(genotype) == layers
     assert parameters(DynamicCell(genotype, classes)) == pytest.approx(1e6 * millions, abs=0.02e6)
     operations, aggregations = [op for x in genotype for op in (x.op1, x.op2)], [x.agg for x in genotype]
-    assert "deform3x3" in operations
-    assert 1 in genotype.inputs() and 0 not in genotype.inputs()  # dec of the previous frame, not its layer4
-    assert set(aggregations) == {"concat", also}
-    assert aggregations.count("concat") > aggregations.count(also)
-    # And what makes one believe in it: it sees the current frame, and the past reaches the output.
-    assert {2, 3, 4} <= set(genotype.inputs()) and "zero" not in operations
-    assert all(path_to_output(genotype, start) for start in CHANNELS if start != "layer4_prev")
+    assert "deform3x3" in operations and "zero" not in operations
+    assert genotype.inputs() == [1, 2, 3, 4]              # dec of the previous frame, not its layer4
+    assert set(aggregations) == {"concat", also} and aggregations.count("concat") > aggregations.count(also)
 
 
 # ---- The cell ------------------------------------------------------------------------------------
@@ -448,53 +398,27 @@ def test_clip_equals_steps(video):
         last4, features = features[3], segmenter.static.encode(frames[:, t])
         dec, pred = segmenter.cell(last4, dec, *features[1:])
         close(logits[:, t], pred)
-    assert (logits[:, 1:] - steps(VideoSegmenter(segmenter.static, None), frames)[:, 1:]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_key_frames_restart_the_state(video):
-    segmenter, frames = video
-    for every in (2, 4, 9):
-        close(segmenter(frames, key_frame_every=every),
-              torch.cat([steps(segmenter, part) for part in frames.split(every, dim=1)], dim=1))
-    # Without a cell, and where every frame is a key frame, it is the static network.
+    # Without a cell it is the static network, which says something else.
     baseline = VideoSegmenter(segmenter.static, None)
     expected = segmenter.static(frames.flatten(0, 1)).unflatten(0, (2, 5))
-    for logits in (baseline(frames), baseline(frames, key_frame_every=2), steps(baseline, frames),
-                   segmenter(frames, key_frame_every=1)):
-        close(logits, expected)
+    close(baseline(frames), expected)
+    close(steps(baseline, frames), expected)
+    assert (logits[:, 1:] - expected[:, 1:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options, reaches", [
-    ({}, True), (dict(key_frame_every=3), False), (dict(key_frame_every=4), True)], ids=str)
-def test_gradient_through_time(video, options, reaches):
-    """The last logits depend on the first image, unless a key frame lies between; none on the future."""
-    segmenter, frames = video[0], video[1][:1, :4].clone().requires_grad_()
-    logits = segmenter(frames, **options)
+def test_gradient_through_time(video):
+    """The last logits depend on every image, none on the future."""
+    segmenter, frames = video[0], video[1][:1, :3].clone().requires_grad_()
+    logits = segmenter(frames)
     past, = torch.autograd.grad(logits[:, -1].square().sum(), frames, retain_graph=True)
-    assert past[:, 3].abs().max() > 0 and bool(past[:, 0].abs().max() > 0) is reaches
+    assert (past.flatten(2).abs().amax(2) > 0).all()
     future, = torch.autograd.grad(logits[:, 1].square().sum(), frames)
     assert not future[:, 2:].any()
 
 
-@torch.no_grad()
-def test_stream_memory_does_not_grow(video):
-    """A state owns what it shows: no view into a clip, no graph. Nothing else stays alive between steps."""
-    segmenter, frames = video
-    state, alive = None, []
-    for t in range(4):
-        logits, state = segmenter.step(frames[:, t], state)
-        for x in state:
-            assert x.grad_fn is None and x.untyped_storage().nbytes() == x.numel() * x.element_size()
-        assert [tuple(x.shape) for x in state] == [(2, 320, 2, 2), (2, 64, 5, 6)]
-        gc.collect()
-        alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
-    assert len(set(alive[1:])) == 1
-
-
 # ---- A stream of pixels --------------------------------------------------------------------------
 
-def pixels(height, width, count=4):
+def pixels(height, width, count=3):
     return list(torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8))
 
 
@@ -507,27 +431,29 @@ def segmenter():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("height, width", [(60, 90), (90, 61), (63, 67), (80, 75)])
-def test_segment_by_hand(segmenter, height, width):
-    """Sides below 70 are padded to it with ImageNet's mean, evenly, the odd pixel after; the labels of the
-    image alone come back, at its own size. Sizes: wide, high, both sides short, larger than 70."""
-    state, own = None, None
-    (top, bottom), (left, right) = ((max(0, 70 - n) // 2, (max(0, 70 - n) + 1) // 2) for n in (height, width))
-    rows, cols = slice(top, top + height), slice(left, left + width)
+@pytest.mark.parametrize("height, width, enlarge", [(60, 90, 0), (90, 61, 0), (63, 67, 0), (80, 75, 64),
+                                                    (45, 70, 96), (50, 21, 96)])
+def test_segment_by_hand(segmenter, height, width, enlarge, monkeypatch):
+    """A longer side below `enlarge` is enlarged to it. Sides below 70 are padded to it with ImageNet's mean,
+    evenly, the odd pixel after. The labels of the image alone come back, at its own size."""
+    monkeypatch.setattr(segmenter, "enlarge", enlarge)
+    h, w = (round(side * max(1, enlarge / max(height, width))) for side in (height, width))
+    (top, bottom), (left, right) = ((max(0, 70 - n) // 2, (max(0, 70 - n) + 1) // 2) for n in (h, w))
     mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.STD)
+    state, own = None, None
     for image in pixels(height, width):
-        x = ((image / 255 - mean) / deviation).permute(2, 0, 1)           # (3, H, W)
-        x = F.pad(x, (left, right, top, bottom))[None].double()
+        x = ((image / 255 - mean) / deviation).permute(2, 0, 1)[None]     # (1, 3, H, W)
+        x = F.interpolate(x, (h, w), mode="bicubic")
+        x = F.pad(x, (left, right, top, bottom)).double()
         logits, state = segmenter.step(x, state)
-        expected = up(logits, x)[0, :, rows, cols]
+        expected = up(logits, x)[:, :, top:top + h, left:left + w]
+        expected = F.interpolate(expected, (height, width), mode="bilinear")[0]
         chances, _ = segmenter.probabilities(image, own)
         labels, own = segmenter.segment(image, own)
-        assert chances.dtype == torch.float32
+        assert chances.dtype == torch.float32 and labels.dtype == torch.uint8
         close(chances, expected.softmax(0).float(), 1e-3)
-        expected = expected.argmax(0)
-        assert labels.shape == (height, width) and labels.dtype == torch.uint8
-        assert torch.equal(labels, expected.to(torch.uint8)) and len(labels.unique()) > 1
-        close(own.dec, state.dec, 1e-8)
+        assert torch.equal(labels, expected.argmax(0).to(torch.uint8)) and len(labels.unique()) > 1
+        close(own.dec, state.dec, 1e-5)
     assert (labels != segmenter.segment(image)[0]).any()                  # the state has a say
 
 
@@ -550,17 +476,14 @@ def test_segment_and_step_refuse(segmenter):
     for image in (good.float(), good[0], good.permute(2, 0, 1), good[None], good[:0], good.numpy() / 255):
         with pytest.raises(ValueError, match="an image must be"):
             segmenter.segment(image)
-    for other in (torch.zeros(40, 90, 3, dtype=torch.uint8), torch.zeros(90, 40, 3, dtype=torch.uint8)):
+    for other in ((1, 3, 70, 90), (1, 3, 90, 70), (2, 3, 70, 70)):    # the last: a batch
         with pytest.raises(ValueError, match="another size"):
-            segmenter.segment(other, state)
-    with pytest.raises(ValueError, match="another size"):             # a batch, and the state of one image
-        segmenter.step(torch.zeros(2, 3, 70, 70, **DOUBLE), state)
-    training = copy.deepcopy(segmenter)
-    for part in (training.cell, training.static, training):           # eval mode is of all parts
+            segmenter.step(torch.zeros(other, **DOUBLE), state)
+    for part in (segmenter.cell, segmenter.static, segmenter):        # eval mode is of all parts
         part.train()
         with pytest.raises(ValueError, match="eval"):
-            training.probabilities(good)
-        part.eval()
+            segmenter.probabilities(good)
+        segmenter.eval()
 
 
 # ---- Other static networks (Sect. 3.1: "not directly tied to a concrete architecture") -----------
@@ -717,35 +640,25 @@ def inputs(module, h, w):
     return (image,) if module.video.cell is None else (image, *state)
 
 
-def later():
-    return Step(VideoSegmenter(Arch2Quarter(3), make_cell(RECURRENT, Arch2Quarter(3))))
-
-
-EXPORTED = {"a later frame of one size": later, "key frame": lambda: Step(VideoSegmenter(Arch2(3), None)),
-            "cell": lambda: DynamicCell(EVERYTHING, 3), "later frame": later}
-QUICK = list(EXPORTED)[:3]                                # the others take half a minute each
-EXPORTED |= {name: lambda cell=cell: DynamicCell(cell, 3) for name, cell in CELLS.items()}
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in EXPORTED])
+@pytest.mark.parametrize("make, dynamic", [
+    (lambda: Step(VideoSegmenter(Arch2(3), None)), True), (lambda: DynamicCell(EVERYTHING, 3), True),
+    (lambda: Step(VideoSegmenter(Arch2Quarter(3), make_cell(RECURRENT, Arch2Quarter(3)))), False)],
+    ids=["key frame", "cell", "later frame"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_compiles_to_one_graph_and_exports_and_traces_with_any_height_and_width(name, monkeypatch):
+def test_compiles_to_one_graph_and_exports_and_traces(make, dynamic, monkeypatch):
+    """dynamic: with any height and width. A later frame takes half a minute then, so here it has one size."""
     make_shallow(monkeypatch.setattr)
-    torch.compiler.reset()                                # it gives up after eight cells in one process
-    module = EXPORTED[name]().eval()
+    module = make().eval()
     h, w = torch.export.Dim("h", min=2, max=64), torch.export.Dim("w", min=2, max=64)
-    sizes, other = [], (4, 2)
+    sizes = []
     for x in inputs(module, 2, 3):                        # x is 2 n x 3 n
         n = x.shape[2] // 2
         sizes.append({2: n * h, 3: n * w} if n > 1 else {2: h, 3: w})
-    if "one size" in name:
-        sizes, other = None, (2, 3)
-    sizes = sizes and tuple(sizes)
-    exported = torch.export.export(module, inputs(module, 2, 3), dynamic_shapes=sizes).module()
+    exported = torch.export.export(module, inputs(module, 2, 3),
+                                   dynamic_shapes=tuple(sizes) if dynamic else None).module()
     traced = torch.jit.trace(module, inputs(module, 2, 3))
-    for x in (inputs(module, 2, 3), inputs(module, *other)):
+    for x in (inputs(module, 2, 3), inputs(module, *(4, 2) if dynamic else (2, 3))):
         for made in (exported, traced):
             close(made(*x), tuple(module(*x)), 1e-5)
     close(torch.compile(module, fullgraph=True, backend="eager")(*x), tuple(module(*x)), 1e-5)
@@ -765,25 +678,3 @@ def test_table_5(monkeypatch, capsys):
     assert rows["arch2"][0] == f"{parameters(Arch2(11)):,}" and "arch2 + cell3" in cityscapes
     both = parameters(Arch2(11)) + parameters(DynamicCell(CELLS["cell0"], 11))
     assert rows["arch2 + cell0"][0] == f"{both:,}" and "0.55 to 0.57" in cityscapes
-
-
-def test_small_frames_are_enlarged_and_the_result_brought_back(monkeypatch):
-    """`enlarge` does to a frame what a caller could do by hand; larger frames stay as they are."""
-    make_shallow(monkeypatch.setattr)
-    torch.manual_seed(0)
-    video = VideoSegmenter(Arch2(3), DynamicCell(CELLS["concat"], 3), pad=60).eval()
-    image = torch.randint(256, (45, 70, 3), dtype=torch.uint8)
-    video.enlarge = 96
-    first, state = video.probabilities(image)
-    second, _ = video.probabilities(image, state)
-    x = F.interpolate(data.normalise(image[None]), (62, 96), mode="bicubic")
-    with torch.no_grad():
-        logits, by_hand = video.step(x)
-        again, _ = video.step(x, by_hand)
-    for found, wanted in ((first, logits), (second, again)):
-        wanted = ops.resize(wanted, (62, 96))
-        wanted = F.interpolate(wanted, (45, 70), mode="bilinear").softmax(1)[0]
-        assert found.shape == (3, 45, 70) and torch.allclose(found, wanted, atol=1e-5)
-    video.enlarge = 64
-    enlarged, video.enlarge = video.probabilities(image)[0], 0
-    assert torch.equal(enlarged, video.probabilities(image)[0])
