@@ -10,7 +10,7 @@ from the static networks' search of its authors "[18]".
 
     python ops.py       prints both tables: parameters, multiply-adds, time, memory
 """
-import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from util.costs import megabytes_kept, milliseconds_in_turn, multiply_adds, para
 from util.errors import run_main
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling at fractional positions
+# ---- Sampling at fractional positions ------------------------------------------------------------
 
 def sample_bilinear(x, rows, cols):
     """Bilinear samples of a map at fractional pixel positions.
@@ -31,15 +30,7 @@ def sample_bilinear(x, rows, cols):
     returns     (B, C, h, w)
 
     A neighbouring pixel outside the map counts as zero. So the result fades to zero within one pixel of the
-    border: the convention of deformable convolution. Differentiable in all three arguments.
-    Raises ValueError when the shapes don't fit.
-    """
-    if x.dim() != 4 or rows.dim() != 3 or rows.shape != cols.shape or rows.shape[0] != x.shape[0]:
-        raise ValueError("x must be (B, C, H, W), rows and cols (B, h, w), got "
-                         f"{tuple(x.shape)}, {tuple(rows.shape)}, {tuple(cols.shape)}")
-    if 0 in (x.shape[0], x.shape[1], *rows.shape):        # grid_sample refuses some empty inputs
-        # The sum ties the result to x: backward() works, and gives x a gradient of zeros.
-        return x.new_zeros(x.shape[0], x.shape[1], *rows.shape[1:]) + 0 * x.sum()
+    border: the convention of deformable convolution. Differentiable in all three arguments."""
     H, W = x.shape[-2:]
     # grid_sample takes one dtype. Positions need float32: with the 8 significant bits of bf16, rows 200.5
     # and 201 are the same.
@@ -70,8 +61,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
 
     input(row, col) is bilinear, with zeros outside. tests/test_ops.py has this as loops.
     v1: Dai et al., Deformable Convolutional Networks, 2017; v2: Zhu et al., 2019.
-    Raises ValueError naming the argument whose shape is wrong.
-    """
+    Raises ValueError naming the argument whose shape is wrong."""
     stride, padding, dilation = (tuple(pair) if isinstance(pair, (tuple, list)) else (pair, pair)
                                  for pair in (stride, padding, dilation))
     _check_deform(input, offset, weight, bias, mask, stride, padding, dilation)
@@ -99,8 +89,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=1, padding=0, dilatio
     return out if bias is None else out + bias[:, None, None]
 
 
-# --------------------------------------------------------------------------------------------------
-# Building blocks
+# ---- Building blocks -----------------------------------------------------------------------------
 
 def conv_bn_relu(cin, cout, kernel=1, rate=1):
     """Convolution that keeps the resolution, BN, ReLU. `rate` is the dilation. No bias, as BN has one."""
@@ -123,9 +112,7 @@ def resize(x, size):
     2 * i, whatever the size. F.interpolate(x, size=(H, W)) would give each of the 12 rows 3.75 of the 45,
     so rows move up, and the farther down the more. By the factor all are equally far from their places,
     (f - 1) / 2 fine pixels, which a network learns. tests/test_ops.py brings positions down and up again.
-    A map that has the size already is returned as it is. Raises ValueError where no power of two leads from
-    one size to the other.
-    """
+    Raises ValueError where no power of two leads from one size to the other."""
     factors = [factor(fine, coarse) for fine, coarse in zip(size, x.shape[-2:])]
     if factors == [1, 1]:
         return x
@@ -134,10 +121,8 @@ def resize(x, size):
 
 
 def factor(fine, coarse):
-    """The power of two f for which `coarse` pixels are what strides of 2 leave of `fine`: ceil(fine / f).
-
-    Only a single coarse pixel has several; any of them gives the same map. The smallest is returned.
-    Raises ValueError if there is none."""
+    """The smallest power of two f for which `coarse` pixels are what strides of 2 leave of `fine`: fine / f,
+    rounded up. Raises ValueError if there is none."""
     f = 1
     while -(-fine // f) > coarse:                         # -(-a // b) rounds up
         f *= 2
@@ -147,16 +132,13 @@ def factor(fine, coarse):
 
 
 def to_larger(x, y):
-    """Brings both maps to the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell.
-
-    Both maps belong to one image, so the one with more rows has more columns, too."""
-    a, b = x.shape[-2:], y.shape[-2:]
-    size = a if sum(a) >= sum(b) else b
+    """Brings both maps to the larger of their two resolutions: Sect. 3.1 in arch2, [ours] in a cell."""
+    size = max(x.shape[-2:], y.shape[-2:], key=sum)       # both belong to one image: more rows, more columns
     return resize(x, size), resize(y, size)
 
 
-# --------------------------------------------------------------------------------------------------
-# Table 1: operations. The first eleven are those of the static search space [18], in its order.
+# ---- Table 1: operations -------------------------------------------------------------------------
+# The first eleven are those of the static search space [18], in its order.
 
 def separable(channels, kernel, rate=1):
     """Depthwise kernel x kernel, pointwise 1x1, BN, ReLU."""
@@ -222,9 +204,8 @@ class Deformable(DeformConv2d):
         return self.bn_relu(super().forward(x))
 
 
-# --------------------------------------------------------------------------------------------------
-# Table 2: aggregations of two maps. The order of the two matters for predictive and affine. The paper names
-# the aggregations (Sect. 3.2); their formulas are [ours].
+# ---- Table 2: aggregations of two maps -----------------------------------------------------------
+# The paper names them (Sect. 3.2); the formulas are [ours]. Predictive and affine are not symmetric.
 
 class Aggregation(nn.Module):
     """Brings both maps to the larger resolution, then lets the subclass combine them."""
@@ -241,7 +222,11 @@ class Sum(Aggregation):
 
 
 class Concat(Aggregation):
-    """Channel-wise concatenation [x; y], convolution back to C channels, BN, ReLU."""
+    """Channel-wise concatenation [x; y], convolution back to C channels, BN, ReLU.
+
+    concat has kernel 1, conv3d kernel 3. A 3D convolution, kernel (2, 3, 3), of the two maps stacked along
+    time covers both at once, so this is the same function with the same 2 * 9 * C * C weights. The reason:
+    a rank-5 weight can't be channels_last. tests/test_ops.py compares it with nn.Conv3d."""
 
     def __init__(self, channels, kernel=1):
         super().__init__()
@@ -249,17 +234,6 @@ class Concat(Aggregation):
 
     def combine(self, x, y):
         return self.conv(torch.cat((x, y), dim=1))        # (B, 2C, H, W) -> (B, C, H, W)
-
-
-class Conv3d(Concat):
-    """3D convolution, kernel (2, 3, 3), of the two maps stacked along time, BN, ReLU.
-
-    The kernel covers both maps at once, so this equals a 3x3 convolution of their concatenation: the same
-    function with the same 2 * 9 * C * C weights. It is written that way because a rank-5 weight can't be
-    channels_last. tests/test_ops.py compares it with nn.Conv3d."""
-
-    def __init__(self, channels):
-        super().__init__(channels, kernel=3)
 
 
 class Attention(Aggregation):
@@ -312,11 +286,9 @@ class Affine(Aggregation):
         super().__init__()
         self.theta = nn.Linear(2 * channels, 6)
         nn.init.zeros_(self.theta.weight)
-        with torch.no_grad():
-            self.theta.bias.copy_(torch.tensor([1., 0, 0, 0, 1, 0]))
+        self.theta.bias.data = torch.tensor([1., 0, 0, 0, 1, 0])
 
     def combine(self, x, y):
-        H, W = x.shape[-2:]
         weight, bias = self.theta.weight, self.theta.bias
         kind = torch.promote_types(weight.dtype, torch.float32)       # positions need float32
         # and matrix products for them float64 on a GPU, which may round factors in float32 to 11 bits (TF32)
@@ -324,9 +296,8 @@ class Affine(Aggregation):
         with torch.autocast(x.device.type, enabled=False):
             means = torch.cat((x.mean((2, 3)), y.mean((2, 3))), dim=1).to(exact)        # (B, 2C)
             theta = F.linear(means, weight.to(exact), bias.to(exact)).reshape(-1, 2, 3)
-            row = (2 * torch.arange(H, device=x.device, dtype=exact) + 1) / H - 1       # (H,)
-            col = (2 * torch.arange(W, device=x.device, dtype=exact) + 1) / W - 1       # (W,)
-            row, col = row[:, None].expand(H, W), col[None, :].expand(H, W)
+            axes = ((2 * torch.arange(n, device=x.device, dtype=exact) + 1) / n - 1 for n in x.shape[-2:])
+            row, col = torch.meshgrid(*axes, indexing="ij")                             # (H, W) each
             place = torch.stack((col, row, torch.ones_like(row)), dim=-1)               # (H, W, 3)
             grid = torch.einsum("bij,hwj->bhwi", theta, place)    # theta (col, row, 1): (B, H, W, 2)
             moved = F.grid_sample(x.to(kind), grid.to(kind), align_corners=False)       # (B, C, H, W)
@@ -351,29 +322,14 @@ OPERATIONS = {
 AGGREGATIONS = {
     "sum":        lambda channels: Sum(),
     "concat":     Concat,
-    "conv3d":     Conv3d,
+    "conv3d":     lambda channels: Concat(channels, kernel=3),
     "attention":  Attention,
     "predictive": Predictive,
     "affine":     Affine,
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The tables that `python ops.py` prints
-
-def print_table(title, table, inputs):
-    """Prints a row per entry of {name: make}, in eval mode. All get the same inputs, which must require a
-    gradient."""
-    channels, device = inputs[0].shape[1], inputs[0].device
-    modules = {name: make(channels).to(device).eval() for name, make in table.items()}
-    with torch.no_grad():
-        ms = milliseconds_in_turn({name: functools.partial(module, *inputs)
-                                   for name, module in modules.items()}, device=device)
-    print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8} {'MB kept':>8}")
-    for token, (name, module) in enumerate(modules.items()):
-        print(f"{token:3} {name:20} {parameters(module):10,} {multiply_adds(module, *inputs) / 1e6:12.1f} "
-              f"{ms[name]:8.2f} {megabytes_kept(module, *inputs):8.1f}")
-
+# ---- The tables that `python ops.py` prints ------------------------------------------------------
 
 def main(arguments=None):
     import argparse
@@ -386,34 +342,32 @@ def main(arguments=None):
     x, y = (torch.randn(1, 64, 45, 60).to(device).requires_grad_() for _ in range(2))
     print(f"At 64 channels, 45 x 60 (1/8 of a CamVid frame), batch 1, float32, device {device},\n"
           f"{torch.get_num_threads()} threads. ms: a forward pass; MB: what it keeps for a backward pass.")
-    print_table("Table 1: operations", OPERATIONS, [x])
-    print_table("Table 2: aggregations", AGGREGATIONS, [x, y])
+    for title, table, inputs in (("Table 1: operations", OPERATIONS, [x]),
+                                 ("Table 2: aggregations", AGGREGATIONS, [x, y])):
+        modules = {name: make(64).to(device).eval() for name, make in table.items()}
+        with torch.no_grad():
+            ms = milliseconds_in_turn({name: lambda module=module: module(*inputs)
+                                       for name, module in modules.items()}, device=device)
+        print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8} {'MB kept':>8}")
+        for token, (name, module) in enumerate(modules.items()):
+            macs = multiply_adds(module, *inputs) / 1e6
+            print(f"{token:3} {name:20} {parameters(module):10,} {macs:12.1f} {ms[name]:8.2f} "
+                  f"{megabytes_kept(module, *inputs):8.1f}")
 
 
-# --------------------------------------------------------------------------------------------------
-# What the method does without: checks, and a workaround for CPUs
+# ---- What the method does without: a check, and a workaround for CPUs ----------------------------
 
 def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
-    """Raises ValueError naming the argument of deform_conv2d that is wrong."""
-    if {len(stride), len(padding), len(dilation)} != {2} or min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise ValueError("stride and dilation must be positive, padding not negative, each one number or "
-                         f"two, got {stride}, {dilation}, {padding}")
-    shapes = tuple(input.shape), tuple(weight.shape)
-    if input.dim() != 4 or weight.dim() != 4 or 0 in (*input.shape[1:], *weight.shape):
-        raise ValueError("input must be (B, Cin, H, W) and weight (Cout, Cin / groups, kh, kw), where only "
-                         f"B may be zero, got {shapes}")
-    (B, cin, *size), (cout, cin_group, *kernel) = input.shape, weight.shape
+    """Raises ValueError naming the argument of deform_conv2d whose shape is wrong."""
+    (B, cin, *size), (cout, cin_group, kh, kw) = input.shape, weight.shape
+    if cin % cin_group or cout % (cin // cin_group):
+        raise ValueError("weight must be (Cout, Cin / groups, kh, kw) with groups that divide Cin and Cout, "
+                         f"got {tuple(weight.shape)} for an input of {tuple(input.shape)}")
     Ho, Wo = ((n + 2 * p - d * (k - 1) - 1) // s + 1
-              for n, p, d, k, s in zip(size, padding, dilation, kernel, stride))
-    if cin % cin_group or cout % (cin // cin_group) or min(Ho, Wo) < 1:
-        raise ValueError("weight must divide the channels of input and of the output into groups, and be no "
-                         f"larger than the padded input, got {shapes}")
-    taps = kernel[0] * kernel[1]
-    G = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
-    if G == 0 or cin % G:
-        G = 1                                             # no number of groups fits, so offset is refused
-    for name, tensor, shape in (("offset", offset, (B, 2 * G * taps, Ho, Wo)), ("bias", bias, (cout,)),
-                                ("mask", mask, (B, G * taps, Ho, Wo))):
+              for n, p, d, k, s in zip(size, padding, dilation, (kh, kw), stride))
+    G = math.gcd(cin, offset.shape[1] // (2 * kh * kw))   # if no number of groups fits, offset is refused
+    for name, tensor, shape in (("offset", offset, (B, 2 * G * kh * kw, Ho, Wo)), ("bias", bias, (cout,)),
+                                ("mask", mask, (B, G * kh * kw, Ho, Wo))):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
 
@@ -421,10 +375,9 @@ def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
 class DepthwiseInFloat32(nn.Conv2d):
     """A depthwise convolution that stays in float32 under autocast on a CPU; elsewhere an ordinary one.
 
-    Used for every depthwise convolution except 3x3 with stride 1 and rate 1. The reason is the backward
-    pass of torch 2.13 in bf16 on a CPU. If the convolution is strided or 5x5, that pass takes 4 to 16 times
-    as long. If it is dilated, the weight gradient is also wrong (relative error 1.4, sometimes NaN), as it
-    reads uninitialised memory."""
+    Used for every depthwise convolution except 3x3 with stride 1 and rate 1. Else the backward pass of torch
+    2.13 in bf16 on a CPU takes 4 to 16 times as long (strided or 5x5), or also has a wrong weight gradient
+    (dilated: a relative error of 1.4, sometimes NaN), as it reads uninitialised memory."""
 
     def forward(self, x):
         if x.device.type != "cpu":
