@@ -1,12 +1,11 @@
 """Tables 1 and 2: every fast operation beside its definition, written as loops in float64.
 
-The definitions here use numpy and a tent function, so they share nothing with the code under test:
-a bilinear sample is the sum over ALL pixels of tent(row - i) * tent(col - j) * x[i, j], where
-tent(d) = max(0, 1 - |d|), which is zero outside without any case distinction.
+The definitions use numpy and share nothing with the code under test. A bilinear sample is the sum over ALL
+pixels of tent(row - i) * tent(col - j) * x[i, j], where tent(d) = max(0, 1 - |d|).
 """
 import copy
 import itertools
-import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -35,11 +34,6 @@ def close(actual, expected, tolerance=1e-9):
 def off_integer(*shape, spread=2):
     """Random numbers at least 0.2 from every integer, where bilinear sampling has no kink: for gradcheck."""
     return torch.randint(-spread, spread, shape) + 0.2 + 0.6 * torch.rand(shape, **DOUBLE)
-
-
-def strided(x):
-    """The same values, not contiguous."""
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def randomise(module):
@@ -108,7 +102,7 @@ def naive_resize(x, height, width):
     """Coarse pixel i covers fine pixels f * i to f * i + f - 1; bilinear between the middles of those, the
     border repeated. As a matrix for each axis."""
     def matrix(new, old):
-        f = 2 ** math.ceil(math.log2(new / old))
+        f = 2 ** np.ceil(np.log2(new / old))
         source = np.clip((np.arange(new) + 0.5) / f - 0.5, 0, old - 1)
         return tent(source[:, None] - np.arange(old))
     return matrix(height, x.shape[-2]) @ x @ matrix(width, x.shape[-1]).T
@@ -118,12 +112,10 @@ def kernels(module):
     return [p for p in module.parameters() if p.dim() == 4]
 
 
-def expect_convolution(rate):
-    def expected(module, x):
-        for weight in sorted(kernels(module), key=lambda w: -w.shape[-1]):  # one, or depthwise then pointwise
-            x = naive_conv(x, weight, rate if weight.shape[-1] > 1 else 1)
-        return bn_relu(module, x)
-    return expected
+def expect_convolution(rate, module, x):
+    for weight in kernels(module):                        # one, or depthwise then pointwise
+        x = naive_conv(x, weight, rate if weight.shape[-1] > 1 else 1)
+    return bn_relu(module, x)
 
 
 def expect_deform(module, x):
@@ -135,13 +127,10 @@ def expect_deform(module, x):
 
 
 def expect_conv3d(module, x, y):
-    weight, = kernels(module)  # (C, 2C, 3, 3): first x's part, then y's
-    channels = len(weight)
-    conv = nn.Conv3d(channels, channels, (2, 3, 3), padding=(0, 1, 1), bias=False, **DOUBLE)
-    with torch.no_grad():
-        conv.weight[:, :, 0], conv.weight[:, :, 1] = weight[:, :channels], weight[:, channels:]
-        out = conv(torch.stack((torch.tensor(x), torch.tensor(y)), dim=2)).squeeze(2)
-    return bn_relu(module, out.numpy())
+    """The kernel's two parts, for x and y, lie behind each other: (C, 2C, 3, 3) -> (C, C, 2, 3, 3)."""
+    weight = torch.stack(kernels(module)[0].detach().chunk(2, dim=1), dim=2)
+    stacked = torch.tensor(np.stack((x, y), axis=2))                      # (B, C, 2, H, W)
+    return bn_relu(module, F.conv3d(stacked, weight, padding=(0, 1, 1)).squeeze(2).numpy())
 
 
 def expect_attention(module, x, y):
@@ -169,18 +158,12 @@ def expect_affine(module, x, y):
     return out
 
 
-OPERATIONS = {                                                            # Table 1, in this order
-    "conv1x1": expect_convolution(1),
-    "conv3x3": expect_convolution(1),
-    "sep3x3": expect_convolution(1),
-    "sep5x5": expect_convolution(1),
+OPERATIONS = {                                                            # Table 1
+    **dict.fromkeys(("conv1x1", "conv3x3", "sep3x3", "sep5x5"), partial(expect_convolution, 1)),
+    **dict.fromkeys(("conv3x3_r3", "sep3x3_r3"), partial(expect_convolution, 3)),
+    "conv3x3_r12": partial(expect_convolution, 12), "sep5x5_r6": partial(expect_convolution, 6),
     "gap": lambda m, x: 0 * x + bn_relu(m, naive_conv(x.mean((2, 3), keepdims=True), *kernels(m))),
-    "conv3x3_r3": expect_convolution(3),
-    "conv3x3_r12": expect_convolution(12),
-    "sep3x3_r3": expect_convolution(3),
-    "sep5x5_r6": expect_convolution(6),
-    "skip": lambda m, x: x,
-    "zero": lambda m, x: 0 * x,
+    "skip": lambda m, x: x, "zero": lambda m, x: 0 * x,
     "deform3x3": expect_deform,
 }
 AGGREGATIONS = {                                                          # Table 2
@@ -191,90 +174,64 @@ AGGREGATIONS = {                                                          # Tabl
     "predictive": expect_predictive,
     "affine": expect_affine,
 }
-PARAMETERS = {  # by hand, at 64 channels; BN has 128
-    "conv1x1": 64 * 64 + 128, "conv3x3": 9 * 64 * 64 + 128, "sep3x3": 9 * 64 + 64 * 64 + 128,
-    "sep5x5": 25 * 64 + 64 * 64 + 128, "gap": 64 * 64 + 128, "conv3x3_r3": 9 * 64 * 64 + 128,
-    "conv3x3_r12": 9 * 64 * 64 + 128, "sep3x3_r3": 9 * 64 + 64 * 64 + 128,
-    "sep5x5_r6": 25 * 64 + 64 * 64 + 128,
-    "skip": 0, "zero": 0, "deform3x3": (9 * 64 * 27 + 27) + 9 * 64 * 64 + 128,
-    "sum": 0, "concat": 128 * 64 + 128, "conv3d": 2 * 9 * 64 * 64 + 128, "attention": 9 * 128 * 64 + 64,
-    "predictive": 9 * 64 * 9 + 9, "affine": 128 * 6 + 6,
-}
 
 
-# ---- sample_bilinear -----------------------------------------------------------------------------------
+# ---- sampling, deform_conv2d ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("height, width", [(4, 7), (5, 2), (1, 6), (1, 1)])
 def test_sample_bilinear(height, width):
     x = torch.randn(2, 3, height, width, **DOUBLE)
     # On the border, within, between border and zero, one pixel out, far out: every pair of them.
-    def positions(size):
-        within = [0, size - 1, (size - 1) / 2, 0.3 * size]
-        return within + [-0.25, size - 0.6, -1, size, -1.5, size + 0.5, -1e4, 1e9]
-    rows, cols = torch.tensor(list(itertools.product(positions(height), positions(width))), **DOUBLE).T
+    positions = ([0, n - 1, (n - 1) / 2, 0.3 * n, -0.25, n - 0.6, -1, n, -1.5, n + 0.5, -1e4, 1e9]
+                 for n in (height, width))
+    rows, cols = torch.tensor(list(itertools.product(*positions)), **DOUBLE).T        # (144,)
     rows, cols = (torch.stack((t, t.flip(0))).reshape(2, 9, 16) for t in (rows, cols))  # differs in the batch
     actual = ops.sample_bilinear(x, rows, cols)
-    assert actual.shape == (2, 3, 9, 16)
     for b, i, j in itertools.product(range(2), range(9), range(16)):
         close(actual[b, :, i, j], naive_sample(x[b].numpy(), rows[b, i, j].item(), cols[b, i, j].item()))
-    close(ops.sample_bilinear(strided(x), strided(rows), strided(cols)), actual)
     where = off_integer(2, 2, 3, 2).requires_grad_()
     torch.autograd.gradcheck(ops.sample_bilinear, (x.requires_grad_(), *where))
 
-
-# ---- deform_conv2d -------------------------------------------------------------------------------------
 
 # stride, padding, dilation, weight groups, offset groups; nothing the same in both directions.
 GEOMETRY = [((2, 1), (1, 0), (2, 1), 2, 3), ((1, 1), (0, 0), (1, 1), 1, 1), ((1, 2), (0, 2), (1, 2), 3, 2),
             ((3, 1), (2, 1), (1, 3), 1, 6), ((1, 3), (3, 0), (2, 1), 6, 1), ((2, 2), (1, 3), (3, 2), 2, 2)]
 
 
-def deform_case(stride, padding, dilation, groups, offset_groups, batch=2, kernel=(3, 2), size=(5, 4)):
-    """Random arguments in torchvision's order: 6 channels in, 12 out, map 5 x 4, kernel 3 x 2. Samples lie
-    in and out of the map."""
+def deform_case(stride, padding, dilation, groups, offset_groups, batch=2):
+    """Random arguments in torchvision's order: map 5 x 4, kernel 3 x 2. Samples lie in and out of the map."""
     out = [(n + 2 * p - d * (k - 1) - 1) // s + 1
-           for n, p, d, k, s in zip(size, padding, dilation, kernel, stride)]
-    taps = kernel[0] * kernel[1]
-    return dict(input=torch.randn(batch, 6, *size, **DOUBLE),
-                offset=off_integer(batch, 2 * offset_groups * taps, *out),
-                weight=torch.randn(12, 6 // groups, *kernel, **DOUBLE), bias=torch.randn(12, **DOUBLE),
+           for n, p, d, k, s in zip((5, 4), padding, dilation, (3, 2), stride)]
+    return dict(input=torch.randn(batch, 6, 5, 4, **DOUBLE),
+                offset=off_integer(batch, offset_groups * 12, *out),
+                weight=torch.randn(12, 6 // groups, 3, 2, **DOUBLE), bias=torch.randn(12, **DOUBLE),
                 stride=stride, padding=padding, dilation=dilation,
-                mask=torch.rand(batch, offset_groups * taps, *out, **DOUBLE))
+                mask=torch.rand(batch, offset_groups * 6, *out, **DOUBLE))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
 def test_deform_conv2d(geometry):
-    """Against the loops, with and without mask and bias, contiguous or not."""
+    """Against the loops, with and without mask and bias, contiguous or not; an empty batch; the gradient."""
     full = deform_case(*geometry)
+    tensors = {name: x for name, x in full.items() if torch.is_tensor(x)}
     for left_out in ({}, {"mask": None}, {"bias": None}, {"mask": None, "bias": None}):
-        case = full | left_out
-        expected = naive_deform(**case)
-        close(ops.deform_conv2d(**case), expected)
-        close(ops.deform_conv2d(*(strided(x) if torch.is_tensor(x) else x for x in case.values())), expected)
+        expected = naive_deform(**full | left_out)
+        close(ops.deform_conv2d(**full | left_out), expected)
+        other = {name: x.transpose(0, -1).contiguous().transpose(0, -1) for name, x in tensors.items()}
+        close(ops.deform_conv2d(**full | other | left_out), expected)
+    assert ops.deform_conv2d(**deform_case(*geometry, batch=0)).shape == (0, *expected.shape[1:])
+    torch.autograd.gradcheck(lambda *t: ops.deform_conv2d(**full | dict(zip(tensors, t))),
+                             [x.requires_grad_() for x in tensors.values()], fast_mode=True)
 
 
-@pytest.mark.parametrize("left_out", ["", "mask"])
-@pytest.mark.parametrize("geometry", GEOMETRY[:3], ids=str)
-def test_deform_conv2d_gradient(geometry, left_out):
-    case = {name: x for name, x in deform_case(*geometry, batch=1).items() if name != left_out}
-    leaves = {name: x.requires_grad_() for name, x in case.items() if torch.is_tensor(x)}
-    torch.autograd.gradcheck(lambda *tensors: ops.deform_conv2d(**case | dict(zip(leaves, tensors))),
-                             tuple(leaves.values()))
-
-
-def test_empty_maps_and_batches():
-    for batch, channels, h, w in ((0, 3, 2, 2), (2, 3, 2, 0), (2, 0, 2, 2)):
-        x = torch.randn(batch, channels, 5, 4, requires_grad=True)
-        out = ops.sample_bilinear(x, torch.zeros(batch, h, w), torch.zeros(batch, h, w))
-        assert out.shape == (batch, channels, h, w)
-        out.sum().backward()
-        assert x.grad.shape == x.shape and not x.grad.any()
-    case = deform_case(*GEOMETRY[0], batch=0)
-    weight, bias = case["weight"].requires_grad_(), case["bias"].requires_grad_()
-    out = ops.deform_conv2d(**case)
-    assert out.shape == (0, 12, 2, 3)
-    out.sum().backward()
-    assert not weight.grad.any() and not bias.grad.any()
+@pytest.mark.parametrize("name, shapes", {
+    "offset": [(2, 36, 3, 3), (1, 36, 2, 3), (2, 35, 2, 3), (2, 48, 2, 3)],           # 48: four groups of six
+    "mask": [(2, 36, 2, 3), (2, 18, 3, 2)], "bias": [(11,), (1,)],
+    "weight": [(12, 4, 3, 2), (11, 3, 3, 2)]}.items())
+def test_deform_conv2d_refuses(name, shapes):
+    for shape in shapes:
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            ops.deform_conv2d(**deform_case(*GEOMETRY[0]) | {name: torch.zeros(shape)})
 
 
 # ---- resize --------------------------------------------------------------------------------------------
@@ -288,8 +245,8 @@ def test_maps_of_any_size_lie_where_they_belong():
     middle[:, :, 1, 1] = 1                                # each output is the input in the kernel's middle
     for height in range(33, 131):
         width = 163 - height                              # 130 to 33: odd where the height is even
-        rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        maps = [torch.stack((rows, cols))[None].double()]             # at 1/1, 1/2, ... 1/32: (1, 2, h, w)
+        axes = torch.arange(height, **DOUBLE), torch.arange(width, **DOUBLE)
+        maps = [torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]]          # at 1/1: (1, 2, h, w)
         while len(maps) < 6:
             maps.append(F.conv2d(maps[-1], middle, stride=2, padding=1, groups=2))
         for fine, coarse in itertools.combinations(range(6), 2):
@@ -302,28 +259,25 @@ def test_maps_of_any_size_lie_where_they_belong():
             close(up, expected * 2 ** fine)               # in pixels of the map at 1/1
 
 
-def test_where_strides_leave_no_rest_a_resize_to_the_size_is_the_same():
-    x = torch.randn(2, 3, 4, 5)
-    for f in (2, 4, 8, 32):
-        expected = F.interpolate(x, size=(4 * f, 5 * f), mode="bilinear", align_corners=False)
-        assert torch.equal(ops.resize(x, (4 * f, 5 * f)), expected)
-    assert ops.resize(x, (4, 5)) is x
-    for size in ((4, 6), (9, 5), (4, 4), (3, 10)):        # what no strides connect is refused
-        with pytest.raises(ValueError, match="power of two"):
-            ops.resize(x, size)
+@pytest.mark.parametrize("size", [(4, 6), (9, 5), (4, 4), (3, 10)])
+def test_a_size_that_no_strides_connect_is_refused(size):
+    with pytest.raises(ValueError, match="power of two"):
+        ops.resize(torch.zeros(1, 1, 4, 5), size)
 
 
 # ---- the tables ----------------------------------------------------------------------------------------
 
-def test_names_are_in_token_order():
-    assert list(ops.OPERATIONS) == ("conv1x1 conv3x3 sep3x3 sep5x5 gap conv3x3_r3 conv3x3_r12 "
-                                    "sep3x3_r3 sep5x5_r6 skip zero deform3x3").split()
-    assert list(ops.AGGREGATIONS) == "sum concat conv3d attention predictive affine".split()
-
-
-@pytest.mark.parametrize("make, inputs, name", EVERY)
-def test_parameters(make, inputs, name):
-    assert parameters(make(64)) == PARAMETERS[name]
+def test_order_and_parameters():
+    """The tokens' order, and by hand, at 64 channels: a tap of a convolution has 64 * 64, a BN has 128."""
+    conv, bn = 64 * 64, 128
+    expected = dict(
+        conv1x1=conv + bn, conv3x3=9 * conv + bn, sep3x3=9 * 64 + conv + bn, sep5x5=25 * 64 + conv + bn,
+        gap=conv + bn, conv3x3_r3=9 * conv + bn, conv3x3_r12=9 * conv + bn, sep3x3_r3=9 * 64 + conv + bn,
+        sep5x5_r6=25 * 64 + conv + bn, skip=0, zero=0, deform3x3=(9 * 64 * 27 + 27) + 9 * conv + bn,
+        sum=0, concat=2 * conv + bn, conv3d=2 * 9 * conv + bn, attention=2 * 9 * conv + 64,
+        predictive=9 * 64 * 9 + 9, affine=128 * 6 + 6)
+    made = [(name, parameters(make(64))) for name, make in (ops.OPERATIONS | ops.AGGREGATIONS).items()]
+    assert made == [*expected.items()]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -344,25 +298,15 @@ def test_aggregation(name, sizes):
     close(module(x, y), AGGREGATIONS[name](module, *large), 1e-6)
 
 
-@pytest.mark.parametrize("cin, cout, kernel, stride, dilation, bias", [
-    (3, 5, 3, 1, 1, True), (4, 2, 5, 2, 1, False), (2, 3, 3, 2, 3, True), (1, 1, 1, 3, 1, True)])
-def test_the_deformable_layer_starts_as_a_convolution_and_learns_its_offsets(
-        cin, cout, kernel, stride, dilation, bias):
-    """Zero offsets, masks sigmoid(0) = 1/2, and a gradient of the offsets that is not zero there. With other
-    offsets and masks the layer is the definition."""
-    layer = ops.DeformConv2d(cin, cout, kernel, stride, dilation, bias).double()
+@pytest.mark.parametrize("sizes", [(3, 5, 3, 1, 1), (4, 2, 5, 2, 1, False), (2, 3, 3, 2, 3), (1, 1, 1, 3, 1)])
+def test_the_deformable_layer_starts_as_a_convolution_and_learns_its_offsets(sizes):
+    """Zero offsets, masks sigmoid(0) = 1/2, and a gradient of the offsets that is not zero there."""
+    layer, (cin, _, kernel, stride, dilation, *_) = ops.DeformConv2d(*sizes).double(), sizes
     x, padding = torch.randn(2, cin, 7, 8, **DOUBLE), dilation * (kernel // 2)
     out = layer(x)
     close(out, F.conv2d(x, layer.weight / 2, layer.bias, stride, padding, dilation).detach())
     out.square().sum().backward()
-    per_map = layer.offset_mask.weight.grad.abs().sum((1, 2, 3))          # dy and dx of each tap, then masks
-    assert per_map.min() > 0
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    maps = F.conv2d(x, layer.offset_mask.weight, layer.offset_mask.bias, stride, padding, dilation)
-    offset, mask = maps.detach().split((2 * kernel ** 2, kernel ** 2), dim=1)
-    pairs = [(value, value) for value in (stride, padding, dilation)]
-    close(layer(x), naive_deform(x, offset, layer.weight, layer.bias, *pairs, mask.sigmoid()))
+    assert layer.offset_mask.weight.grad.abs().sum((1, 2, 3)).min() > 0   # dy and dx of each tap, then masks
 
 
 def test_affine_starts_as_the_sum():
@@ -374,17 +318,17 @@ def test_affine_starts_as_the_sum():
 def test_gradient(make, inputs, name):
     """In the inputs (of two resolutions) and in every parameter."""
     module = randomise(make(4)).double()
-    names, values = zip(*module.named_parameters()) if PARAMETERS[name] else ((), ())
+    weights = dict(module.named_parameters())
     maps = [torch.randn(2, 4, *size, **DOUBLE, requires_grad=True) for size in ((5, 4), (3, 2))[:inputs]]
-    torch.autograd.gradcheck(lambda *t: functional_call(module, dict(zip(names, t[inputs:])), t[:inputs]),
-                             (*maps, *values), fast_mode=True)
+    torch.autograd.gradcheck(lambda *t: functional_call(module, dict(zip(weights, t[inputs:])), t[:inputs]),
+                             (*maps, *weights.values()), fast_mode=True)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make, inputs, name", EVERY)
 def test_invariants(make, inputs, name):
-    """One of a batch is what it is alone; memory layout says nothing; maps one pixel wide work; the inputs,
-    which other layers of a cell read too, stay as they are; zero stops what is not finite."""
+    """One of a batch is what it is alone; memory layout says nothing; the inputs, which other layers of a
+    cell read too, stay as they are; zero stops what is not finite."""
     module = randomise(make(4)).double()
     for height, width in ((6, 5), (1, 5), (5, 1), (1, 1)):
         maps = [torch.randn(3, 4, height, width, **DOUBLE) for _ in range(inputs)]
@@ -398,115 +342,49 @@ def test_invariants(make, inputs, name):
             assert not module(maps[0] / 0).any()
 
 
-@pytest.mark.parametrize("size", [(45, 60), (23, 30), (12, 15)])
 @pytest.mark.parametrize("make, inputs, name", EVERY)
-def test_bf16_autocast(make, inputs, name, size):
-    """Values and gradients at the sizes of a CamVid frame's layers against float64: bf16 with channels_last,
-    as in training, and inputs of both types, as in a cell.
-
-    torch's own bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU, see
-    DepthwiseInFloat32."""
-    module = make(64).eval()  # eval: batch statistics would divide by small, rounded deviations
-    maps, there = [torch.randn(4, 64, *size).relu() for _ in range(inputs)], torch.randn(4, 64, *size)
+def test_bf16_autocast(make, inputs, name):
+    """Values and gradients against float64: bf16 with channels_last, as in training, and inputs of both
+    types, as in a cell. In eval mode: batch statistics would divide by small, rounded deviations. torch's own
+    bf16 weight gradient of a dilated depthwise convolution is garbage on a CPU, see DepthwiseInFloat32."""
+    module, there = make(64).eval(), torch.randn(4, 64, 23, 30)
     for key, bias in module.named_parameters():
-        if key in ("offset_mask.bias", "theta.bias"):  # off the pixels, where bilinear sampling has kinks
+        if key in ("offset_mask.bias", "theta.bias"):    # off the pixels, where bilinear sampling has kinks
             bias.data += torch.empty_like(bias).uniform_(0.2, 0.3) / (1 if key[0] == "o" else 20)
+    maps = [torch.randn(4, 64, 23, 30).relu() for _ in range(inputs)]
 
-    def value_and_gradients(module, *types):
-        module = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    def value_and_gradients(*types):
+        exact = torch.float64 in types
+        copied = copy.deepcopy(module).to(types[0] if exact else None, memory_format=torch.channels_last)
         leaves = [x.to(kind, memory_format=torch.channels_last).requires_grad_()
                   for x, kind in zip(maps, types)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.float64 not in types):
-            out = module(*leaves)
-        if out.requires_grad:
-            (out * there.to(out.dtype)).sum().backward()
-        return [out, *(x.grad for x in (*module.parameters(), *leaves) if x.grad is not None)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            out = copied(*leaves)
+        (out * there.to(out.dtype) + 0 * sum(leaves)).sum().backward()    # `zero` has no gradient of its own
+        return [out, *(x.grad for x in (*copied.parameters(), *leaves))]
 
-    expected = value_and_gradients(copy.deepcopy(module).double(), *[torch.float64] * inputs)
-    mixed = itertools.product((torch.float32, torch.bfloat16), repeat=inputs)
-    for types in mixed if size == (12, 15) else [[torch.float32] * inputs]:
-        for got, want in zip(value_and_gradients(module, *types), expected, strict=True):
+    expected = value_and_gradients(*[torch.float64] * inputs)
+    for types in itertools.product((torch.float32, torch.bfloat16), repeat=inputs):
+        for got, want in zip(value_and_gradients(*types), expected, strict=True):
             assert (got.double() - want).norm() <= 0.06 * want.norm() + 1e-6
 
 
-# ---- half precision, devices, compilers ----------------------------------------------------------------
-
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
-def test_positions_are_exact_in_half_precision(kind):
-    """bf16 can't tell row 200.5 from 200, float16 2049 from 2048. After .half() only values are rounded, not
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16] + ["tf32"] * torch.cuda.is_available())
+def test_positions_are_exact_in_half_precision(kind, monkeypatch):
+    """bf16 can't tell row 200.5 from 200, float16 and TF32 2049 from 2048. Only values are rounded, not
     positions: columns alternate -1 and 1, so a sample in the wrong place has the wrong sign."""
-    x = (2.0 * (torch.arange(3000) % 2) - 1).expand(1, 2, 3, 3000)
+    if kind == "tf32":
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    to = dict(device="cuda") if kind == "tf32" else dict(dtype=kind)
+    x = (2.0 * (torch.arange(6000) % 2) - 1).expand(1, 2, 3, 6000)
     affine, deformable = ops.AGGREGATIONS["affine"](2), ops.DeformConv2d(2, 2)
     # Only the middle tap, so that signs come through.
     deformable.weight.data = torch.eye(2)[:, :, None, None] * torch.eye(3)[1, :, None] * torch.eye(3)[1]
     for module, maps in ((affine, (x, x)), (deformable, (x,))):
-        expected, out = module(*maps), module.to(kind)(*(x.to(kind) for x in maps))
-        assert out.dtype == kind
-        close(out.float(), expected, 0.02)
-    cols, rows = torch.arange(0.25, 2999)[None, None], torch.zeros(1, 1, 2999)        # 0.25, 1.25, ...
-    # The first sixty columns are exact in 8 bits; their places between -1 and 1 would not be.
-    for rows, cols in ((rows, cols), (rows[..., :60].to(kind), cols[..., :60].to(kind))):
-        out = ops.sample_bilinear(x.to(kind), rows, cols)
-        assert out.dtype == kind
-        close(out[0, 0, 0].float(), x[0, 0, 0, :cols.numel()] / 2, 1e-2)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
-def test_tf32_does_not_round_positions(monkeypatch):
-    """Columns alternate as above: TF32 has 11 bits, like float16."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    x = (2.0 * (torch.arange(6000, device="cuda") % 2) - 1).expand(1, 2, 3, 6000)
-    with torch.no_grad():
-        close(ops.AGGREGATIONS["affine"](2).cuda()(x, x).cpu(), 2 * x.cpu(), 0.02)
-
-
-def test_depthwise_stays_in_float32_on_a_cpu_only(monkeypatch):
-    """The workaround is for CPUs: elsewhere autocast decides. "meta" is a device without numbers."""
-    conv, x = ops.DepthwiseInFloat32(4, 4, 5, padding=2, groups=4, bias=False), torch.randn(1, 4, 6, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv(x).dtype == torch.float32 and nn.Conv2d.forward(conv, x).dtype == torch.bfloat16
-    monkeypatch.setattr(torch, "autocast", None)          # not even asked for
-    conv, x = conv.to("meta", torch.bfloat16), x.to("meta", torch.bfloat16)
-    assert conv(x).dtype == torch.bfloat16
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make, inputs, name", EVERY)
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_traces_and_exports(make, inputs, name):
-    """Made at one size, right at any height and width; traced, for any batch, too."""
-    module, dim = randomise(make(4)), torch.export.Dim
-    h, w = dim("h", min=2, max=64), dim("w", min=2, max=64)
-
-    def maps(batch, h, w):                                # the second one smaller
-        return tuple(torch.randn(batch, 4, f * h, f * w) for f in (4, 2)[:inputs])
-
-    sizes = tuple({2: f * h, 3: f * w} for f in (4, 2)[:inputs])
-    exported = torch.export.export(module, maps(2, 2, 3), dynamic_shapes=sizes).module()
-    traced = torch.jit.trace(module, maps(2, 2, 3))
-    for made, x in ((exported, maps(2, 5, 4)), (traced, maps(2, 5, 4)), (traced, maps(3, 2, 3))):
-        close(made(*x), module(*x), 1e-5)
-
-
-# ---- what is refused -----------------------------------------------------------------------------------
-
-def test_sample_bilinear_refuses():
-    for x, rows, cols in (((3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 2, 2), (2, 2, 3)),
-                          ((2, 3, 5, 4), (1, 2, 2), (1, 2, 2)), ((2, 3, 5, 4), (2, 4), (2, 4))):
-        with pytest.raises(ValueError, match="must be"):
-            ops.sample_bilinear(torch.zeros(x), torch.zeros(rows), torch.zeros(cols))
-
-
-@pytest.mark.parametrize("name, values", {
-    "offset": [(2, 36, 3, 3), (1, 36, 2, 3), (2, 35, 2, 3), (2, 0, 2, 3), (36, 2, 3), (2, 48, 2, 3)],
-    "mask": [(2, 36, 2, 3), (2, 18, 3, 2), (1, 18, 2, 3), (18, 2, 3)], "bias": [(11,), (12, 1), ()],
-    "weight": [(12, 4, 3, 2), (12, 12, 3, 2), (11, 3, 3, 2), (12, 3, 6), (12, 3, 9, 9), (0, 3, 3, 2)],
-    "input": [(6, 5, 4), (2, 7, 5, 4), (2, 0, 5, 4), (2, 6, 1, 1)],
-    "stride": [0, (1, 2, 3)], "padding": [-1, (1,)], "dilation": [(2, -1)]}.items())
-def test_deform_conv2d_refuses(name, values):
-    for value in values:                                  # 48 offsets: four groups of six channels
-        case = deform_case(*GEOMETRY[0])
-        case[name] = torch.zeros(value, **DOUBLE) if torch.is_tensor(case[name]) else value
-        with pytest.raises(ValueError, match=rf"\b{name}\b"):
-            ops.deform_conv2d(**case)
+        expected, out = module(*maps), module.to(**to)(*(x.to(**to) for x in maps))
+        assert out.dtype == to.get("dtype", torch.float32)
+        close(out.float().cpu(), expected, 0.02)
+    cols, rows = torch.arange(0.25, 60)[None, None].to(**to), torch.zeros(1, 1, 60, **to)
+    # These are exact in 8 bits; their places between -1 and 1 would not be.
+    close(ops.sample_bilinear(x.to(**to), rows, cols)[0, :, 0].float().cpu(), x[0, :, 0, :60] / 2, 1e-2)
