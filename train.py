@@ -487,7 +487,7 @@ def finetune_cell(run, network, static, stored, windows):
     print(f"{network.name}: {network.genotype}")
     cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
     optimizer = adam(cell, r.cell_lr, r.weight_decay)
-    for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer], network):
+    for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
         cell.train()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
@@ -511,7 +511,7 @@ def finetune_end_to_end(run, network):
     if video.cell is not None:
         parts["cell"] = video.cell
         optimizers.append(adam(video.cell, r.end_lr_cell, r.weight_decay))
-    for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers, network):
+    for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers):
         video.train()
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):

@@ -10,44 +10,33 @@ from util.errors import InputError
 from util.files import load, read_log
 
 KNOWN = {**CELLS, DECODER: DECODER}          # name: Genotype or DECODER, the static network's decoder
+# For each search: its log, the name of its cells in files, and its name in the table.
+SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
 
 
-def as_text(genotype):
-    """A Genotype or DECODER -> the text that a checkpoint holds."""
-    return genotype.to_json() if isinstance(genotype, Genotype) else genotype
+def cell_of(argument):
+    """An argument of --cell -> the cell's name, and its Genotype or DECODER.
 
-
-def cell_of(text):
-    """The argument of --cell -> the cell's name, and its Genotype or DECODER.
-
-    The argument is a name in KNOWN, a file (a genotype's JSON, or a checkpoint, of which only the genotype is
-    taken), or a genotype: as it is printed, as JSON, as a list of tokens. NAME=ARGUMENT names the row; else a
-    cell that is not in KNOWN is named by a hash. Raises InputError for anything else."""
+    It is a name in KNOWN, a file (a genotype's JSON, or a checkpoint, of which only the genotype is taken),
+    or a genotype: as it is printed, as JSON, as a list of tokens. NAME=ARGUMENT names the row; else a cell
+    that is not in KNOWN is named by a hash. Raises InputError for anything else."""
     # NAME has no "-", so that it is no name of the program's: cell-0, cell-x-seed1, cell-x-alone.
-    named = re.fullmatch(r"\s*(?!node\d)([A-Za-z]\w*)\s*=(.*)", text, re.DOTALL | re.ASCII)
-    name, cell = named.groups() if named else (None, text)
+    name, text = re.fullmatch(r"(?as)(?:\s*(?!node\d)([A-Za-z]\w*)\s*=)?(.*)", argument).groups()
+    path = pathlib.Path(text.strip()).expanduser()
     try:
-        genotype = read_cell(cell.strip())
-    except (ValueError, OSError) as error:
-        raise InputError(f"argument --cell: invalid choice: {text[:60]!r} ({error}); it takes "
+        if path.suffix == ".pt":
+            text = weights.read(path, "--cell takes a trained cell").get("genotype", "no cell")
+        elif path.suffix in (".json", ".txt"):
+            text = path.read_text()
+        genotype = KNOWN.get(text.strip()) or Genotype(text.strip())
+    except (ValueError, OSError, AttributeError) as error:
+        raise InputError(f"argument --cell: invalid choice: {argument[:60]!r} ({error}); it takes "
                          f"{', '.join(KNOWN)}, a JSON file of a genotype, a checkpoint of a cell, or a "
                          "genotype as it is printed; NAME=GENOTYPE names its row") from None
-    known = {cell: name for name, cell in KNOWN.items()}
-    digest = hashlib.sha256(as_text(genotype).encode()).hexdigest()
-    return name or known.get(genotype, f"custom-{digest[:6]}"), genotype
-
-
-def read_cell(text):
-    """What --cell takes, without NAME= -> a Genotype or DECODER. Raises ValueError or OSError."""
-    path = pathlib.Path(text).expanduser()
-    if path.suffix == ".pt":
-        content = weights.read(path, "--cell takes a trained cell")
-        if "genotype" not in content:
-            raise ValueError("not the checkpoint of a cell")
-        text = content["genotype"]
-    elif path.suffix in (".json", ".txt"):
-        text = path.read_text().strip()
-    return KNOWN[text] if text in KNOWN else Genotype(text)
+    names = {genotype: name for name, genotype in KNOWN.items()}
+    if genotype not in names:
+        names[genotype] = f"custom-{hashlib.sha256(genotype.to_json().encode()).hexdigest()[:6]}"
+    return name or names[genotype], genotype
 
 
 def cell_texts(arguments):
@@ -62,38 +51,30 @@ def cell_texts(arguments):
     return tuple(dict.fromkeys(texts))
 
 
-# For each search: its log, the name of its cells in files, and its name in the table.
-SEARCHES = {"ppo": ("search.jsonl", "cell", "PPO"), "random": ("random.jsonl", "random", "random search")}
-
-
 def strategies(recipe):
     """The searches of a run."""
-    if not recipe.cells:
-        return ()
-    return ("ppo", "random") if recipe.search_strategy == "both" else (recipe.search_strategy,)
+    some = tuple(SEARCHES) if recipe.search_strategy == "both" else (recipe.search_strategy,)
+    return some if recipe.cells else ()
 
 
 def ranked(run, strategy):
-    """The distinct genotypes of a search, best reward first. Raises InputError if it is not finished, or if
-    all candidates failed."""
+    """The distinct genotypes of a search, best reward first. Raises InputError if there is none."""
     path, count = run.path(SEARCHES[strategy][0]), run.recipe.search_candidates
-    entries = [entry for k, entry in sorted(read_log(path).items()) if k < count]
-    if len(entries) < count:
-        raise InputError(f"{path}: has {len(entries)} of {count} candidates; run --stage search first, or "
-                         "take fewer by --search-candidates")
-    entries = [entry for entry in entries if entry["status"] == "ok"]
-    if not entries:
-        raise InputError(f"{path}: every candidate failed, so there is no cell to train; use another --run")
-    entries.sort(key=lambda entry: -entry["reward"])
-    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in entries))
+    entries = [entry for k, entry in read_log(path).items() if k < count]
+    good = [entry for entry in entries if entry["status"] == "ok"]
+    if len(entries) < count or not good:
+        raise InputError(f"{path}: has {len(entries)} of {count} candidates, and {len(good)} did not fail; "
+                         "run --stage search first, or take fewer by --search-candidates")
+    good.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
+    return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in good))
 
 
 def trained(run, name):
     """The Genotype or DECODER of a cell that was trained under this name, or None."""
     for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")):
         if path.exists():
-            return read_cell(load(path)["genotype"])
-    return None
+            text = load(path)["genotype"]
+            return text if text == DECODER else Genotype(text)
 
 
 def numbered(run, kind, genotypes):
@@ -141,9 +122,9 @@ def named(run):
     another cell in the run's folder."""
     chosen = []
     for name, genotype in map(cell_of, run.recipe.cell):
-        title = {DECODER: "the static decoder as the cell"}.get(name, name)
-        published = re.fullmatch(r"cell\d", name)                 # see CELLS
-        chosen.append(Network(f"cell-{name}", title + " (reconstructed)" * bool(published), genotype))
+        title = "the static decoder as the cell" if name == DECODER else name
+        title += " (reconstructed)" * bool(re.fullmatch(r"cell\d", name))         # a cell of the paper's
+        chosen.append(Network(f"cell-{name}", title, genotype))
         if trained(run, f"cell-{name}") not in (None, genotype):
             raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} holds another cell of this name; "
                              "choose another one")
@@ -153,14 +134,9 @@ def named(run):
 def networks(run):
     """The networks that finetune trains and evaluate scores, in the table's order, each seed after the other.
     Rank 0 decides for all processes."""
-    chosen = [Network("baseline", "baseline, fine-tuned")]
-    if run.rank == 0:
-        for strategy in strategies(run.recipe):
-            chosen += found(run, strategy)
-        chosen += named(run)
-    seeded = []
-    for network in run.broadcast(chosen):
-        for seed in range(run.recipe.seeds):
-            name = f"{network.name}-seed{seed}" if seed else network.name
-            seeded.append(network._replace(name=name, seed=seed))
-    return seeded
+    def chosen():
+        cells = sum((found(run, strategy) for strategy in strategies(run.recipe)), [])
+        return [Network("baseline", "baseline, fine-tuned"), *cells, *named(run)]
+
+    return [network._replace(name=f"{network.name}-seed{seed}" if seed else network.name, seed=seed)
+            for network in run.first(chosen) for seed in range(run.recipe.seeds)]

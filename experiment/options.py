@@ -218,7 +218,7 @@ def check_run(run, command):
         return
     check_folder(run)
     for stage in command.stages:
-        if not (stage == "pretrain" and run.made("static")):
+        if not (stage == "pretrain" and run.path("static.pt").exists()):
             schedules.check_memory(run, stage)
 
 
@@ -238,7 +238,6 @@ def check_folder(run):
 def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
-    run.join()
     run.first(lambda: check_run(run, command))
     if command.network:
         yield run

@@ -1,7 +1,5 @@
 """A run's folder: a run that was killed at any point continues from it, to the same numbers. torchrun's
 processes share the folder. Nothing here is in the paper; the head of train.py lists what it uses of it.
-
-In the order of the file: which fields a result depends on, trainings, the search's log, the run, the device.
 """
 import contextlib
 import dataclasses
@@ -16,7 +14,6 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,24 +23,20 @@ except ImportError:                          # Windows
     fcntl = None
 
 import data
-from dyncell import VideoSegmenter, make_cell
-from experiment import weights
-from experiment.networks import as_text
+from dyncell import DECODER, VideoSegmenter, make_cell
 from util.costs import usable_device
 from util.device import best_device, has_bf16, keep_freed_memory, set_tf32
-from util.errors import InputError, out_of_memory
+from util.errors import InputError, brief, out_of_memory
 from util.files import fill, load, read_log, save
 from util.progress import Progress
 
 SAVE_SECONDS = 60                            # least time between checkpoints, which are made after epochs
 FAIL_ALIKE = 4                               # a search stops when so many candidates, all of them, fail alike
-SAME_FAILURE = {"not finite": "lower --cell-lr", "out of memory": "lower --search-batch or --input-crop"}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Recipes: which fields does a result depend on?
+# ---- which fields of the recipe does a result depend on? --------------------------------------------------
 
-STAGES = "pretrain", "search", "alone", "end", "amount"   # of the recipe's fields, in order
+STAGES = "pretrain", "search", "alone", "end", "amount"           # of the recipe's fields, in their order
 
 
 def flag(name):
@@ -51,47 +44,38 @@ def flag(name):
 
 
 def fields_of(recipe, stage):
-    """The names of the fields on which a result of this stage depends: its own and those of the stages
-    before. Files of weights are left out: Run.checkpoint compares their content."""
+    """The names of the fields on which a result of this stage depends: its own, and those before."""
     before = STAGES[:STAGES.index(stage) + 1]
-    return [field.name for field in dataclasses.fields(recipe)
-            if field.metadata["stage"] in before and field.name not in weights.FILES]
+    return [field.name for field in dataclasses.fields(recipe) if field.metadata["stage"] in before]
+
+
+def stage_of(name):
+    """The stage of the last fields that the file of this name (without its ending) depends on."""
+    stages = {"static": "pretrain", "controller": "search", "search": "search", "random": "search"}
+    return "alone" if name.endswith("-alone") else stages.get(name, "end")
 
 
 def check_recipe(path, saved, recipe, stage):
     """Raises InputError unless the file `path`, made with the recipe `saved` (a dict), can be used with the
-    present recipe in this stage. It names the fields, both values, and how to keep what can be kept."""
-    now, saved = (json.loads(json.dumps(one)) for one in (dataclasses.asdict(recipe), saved))     # no tuples
-    if differing := [name for name in fields_of(recipe, stage) if saved.get(name) != now[name]]:
-        there = "; ".join(f"{flag(name)} {saved.get(name)!r} there, {now[name]!r} now"
-                          for name in differing[:6])
-        more = f"; and {len(differing) - 6} more" if len(differing) > 6 else ""
-        first = min(STAGES.index(field.metadata["stage"]) for field in dataclasses.fields(recipe)
-                    if field.name in differing)
-        raise InputError(f"{path}: was made with another recipe ({there}{more}); leave that out, or use "
-                         f"another --run{copy_command(path.parent, STAGES[first])}")
+    present recipe in this stage. It names the fields, both values, and the command that copies what stays
+    valid into a new folder."""
+    there, now = ({name: json.dumps(value) for name, value in fields.items()}        # a tuple equals a list
+                  for fields in (saved, dataclasses.asdict(recipe)))
+    differing = [name for name in fields_of(recipe, stage) if there.get(name) != now[name]]
+    if not differing:
+        return
+    values = [f"{flag(name)} {there.get(name)} there, {now[name]} now" for name in differing]
+    values[6:] = ["and more"] if len(values) > 6 else []
+    first = next(field.metadata["stage"] for field in dataclasses.fields(recipe) if field.name in differing)
+    kept = [file for file in sorted(path.parent.iterdir()) if file.suffix in (".pt", ".jsonl")
+            and STAGES.index(stage_of(file.stem)) < STAGES.index(first)]
+    new, files = shlex.quote(f"{path.parent}-2"), map(str, [path.parent / "recipe.json", *kept])
+    copy = f" that keeps what it can: mkdir {new} && cp {shlex.join(files)} {new}" if kept else ""
+    raise InputError(f"{path}: was made with another recipe ({'; '.join(values)}); leave that out, or use "
+                     f"another --run{copy}")
 
 
-def copy_command(folder, stage):
-    """The command that copies what does not depend on the fields of this stage; "" if there is nothing."""
-    kept = [path for path in sorted(folder.glob("*.pt")) if path.name != "examples.pt"
-            and STAGES.index(stage_of(path.stem)) < STAGES.index(stage)]
-    if not kept:
-        return ""
-    kept += [path for path in sorted(folder.glob("*.jsonl")) if stage != "search"]
-    kept, new = [folder / "recipe.json", *kept], shlex.quote(f"{folder}-2")
-    return f" that keeps what it can: mkdir {new} && cp {shlex.join(map(str, kept))} {new}"
-
-
-def stage_of(name):
-    """The stage of the last fields that NAME.pt depends on."""
-    if name.endswith("-alone"):
-        return "alone"
-    return {"static": "pretrain", "controller": "search"}.get(name, "end")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Trainings
+# ---- trainings --------------------------------------------------------------------------------------------
 
 def generator(*key):
     """A random generator for a key (seed, purpose, ...). Different keys give independent random numbers, so
@@ -107,9 +91,8 @@ class NotFinite(InputError):
 def check_finite(losses, where):
     """A list of losses, scalar tensors or numbers -> floats. Raises NotFinite if one is NaN or infinite."""
     values = [float(loss) for loss in losses]
-    for value in values:
-        if not math.isfinite(value):
-            raise NotFinite(f"{where}: the loss is {value}; try a smaller learning rate or another --seed")
+    if not math.isfinite(total := sum(values)):
+        raise NotFinite(f"{where}: the loss is {total}; try a smaller learning rate or another --seed")
     return values
 
 
@@ -144,20 +127,19 @@ class Epoch:
     def batches(self, items, size):
         """Yields this process's part of each batch of 0..items-1, and the share of the whole training that
         is done before it."""
-        key, rank, world = (self.run.recipe.seed, self.name, self.index), self.run.rank, self.run.world
+        run, key = self.run, (self.run.recipe.seed, self.name, self.index)
         shuffled = batches(items, size, self.rng)
-        if rank:                                                  # the same batches, different augmentation
-            self.rng = generator(*key, rank)
-        torch.manual_seed(generator(*key, rank, "dropout").initial_seed())
+        if run.rank:                                              # the same batches, different augmentation
+            self.rng = generator(*key, run.rank)
+        torch.manual_seed(generator(*key, run.rank, "dropout").initial_seed())
         total, first = self.count * len(shuffled), self.index * len(shuffled)
-        if self.run.progress is None:
-            self.run.progress = Progress(self.name, total, done=first)
+        run.progress = run.progress or Progress(self.name, total, done=first)
         for self.step, batch in enumerate(shuffled, start=first):
-            yield batch[rank::world], self.step / total
-            done, waits = self.step + 1, self.run.device.type != "cpu"    # a GPU, where the loss is read
-            if not waits or done == total or (done - first) % 10 == 1:    # a sign of life at the first step
-                loss = check_finite(self.losses[-1:], self.name)[0] if self.losses else math.nan
-                self.run.progress.update(done, epoch=self.index + 1, loss=loss)
+            yield batch[run.rank::run.world], self.step / total
+            # A GPU waits where a loss is read, so not every one is; the first is a sign of life.
+            if run.device.type == "cpu" or (self.step - first) % 10 == 0 or self.step + 1 == total:
+                loss, = check_finite(self.losses[-1:], self.name)
+                run.progress.update(self.step + 1, epoch=self.index + 1, loss=loss)
 
     def log(self, loss):
         """Records the loss of a step. It is checked after the epoch, before anything is saved."""
@@ -174,20 +156,15 @@ class Epoch:
         self.run.progress.say(f"{self.name}: epoch {self.index + 1}, {text}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The search's log
+# ---- the search's log -------------------------------------------------------------------------------------
 
 class Log(dict):
     """The log of a search, {candidate: entry}: one line each, written by the process that trained it. A
     search that continues takes the logged candidates from here."""
 
     def __init__(self, run, path):
-        if run.rank == 0:
-            read_log(path, cut=True)
-        run.barrier()
-        super().__init__(read_log(path))
+        super().__init__(run.first(lambda: read_log(path, cut=True)))
         self.run, self.path = run, path
-        run.barrier()                                             # nobody writes before all have read
 
     def claim(self, k):
         """Whether candidate k is to be trained by this process: it is not in the log, and no other process
@@ -204,16 +181,16 @@ class Log(dict):
         entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
         try:
             yield entry
-        except NotFinite as error:
-            entry.update(status="not finite", reason=str(error))
         except Exception as error:
-            if not out_of_memory(error):
+            if not (isinstance(error, NotFinite) or out_of_memory(error)):
                 raise RuntimeError(f"candidate {k} failed: {genotype}") from error
-            entry.update(status="out of memory", reason=str(error)[:200])
-        before = {self[j]["status"] if j in self else None for j in range(k)}
-        if entry["status"] != "ok" and k + 1 >= FAIL_ALIKE and before == {entry["status"]}:
-            raise InputError(f"{self.path}: each of the first {k + 1} candidates failed ({entry['reason']}); "
-                             f"{SAME_FAILURE[entry['status']]}")
+            status = "not finite" if isinstance(error, NotFinite) else "out of memory"
+            entry.update(status=status, reason=brief(error))
+            before = {self[j]["status"] if j in self else None for j in range(k)}
+            if k + 1 >= FAIL_ALIKE and before == {status}:
+                raise InputError(f"{self.path}: each of the first {k + 1} candidates failed "
+                                 f"({brief(error)}); lower --cell-lr if the loss is not finite, else "
+                                 "--search-batch or --input-crop") from None
         entry.update(seconds=round(time.time() - start, 2), tokens=genotype.to_tokens(),
                      genotype=json.loads(genotype.to_json()))
         with open(self.path, "a") as file:                        # written at once, so lines don't mix
@@ -227,31 +204,19 @@ class Log(dict):
         if self.run.world > 1:
             self.run.barrier()
             self.update(read_log(self.path))
-            self.run.barrier()
 
     def tokens(self, numbers, sampled):
-        """The tokens (n, 5L) of these candidates: from the log if it has them, else as sampled. On another
-        processor rounding may differ, and so may the samples; the logged reward belongs to the logged
-        tokens."""
-        tokens = sampled[:len(numbers)].clone()
-        for row, k in zip(tokens, numbers):
-            if k in self and self[k]["tokens"] != row.tolist():
-                print(f"{self.path}: this machine samples another candidate {k}; the logged one is used")
-                row.copy_(torch.tensor(self[k]["tokens"]))
-        return tokens
+        """The tokens (n, 5L) of these candidates: from the log if it has them, else as sampled. Another
+        processor may round, and so sample, otherwise; a logged reward belongs to the logged tokens."""
+        return torch.tensor([self[k]["tokens"] if k in self else row.tolist()
+                             for k, row in zip(numbers, sampled)])
 
     def figures(self, k):
         """For the line of progress: the reward of candidate k, and the best one so far."""
         return {"reward": self[k]["reward"], "best": max(entry["reward"] for entry in self.values())}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run
-
-def launched():
-    """Whether torchrun started this process. (RANK alone may be left in the environment.)"""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
+# ---- the run ----------------------------------------------------------------------------------------------
 
 class Run:
     """A run: its folder, recipe, device and data, and this process's rank among torchrun's processes.
@@ -261,71 +226,60 @@ class Run:
 
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
-        self.rank, self.world, self.local_world, self.store, self.progress = 0, 1, 1, None, None
         self.expected, self.taken = {}, {}   # {stage: seconds}: by schedules.announce, by table.stage
-        self._frames, self._source = {}, None
-        device = device or best_device()
-        if launched() and device.startswith("cuda"):              # one GPU per process if possible
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
+        self.rank, self.world, self.sharing, self.store = 0, 1, 1, None   # sharing: processes on this device
+        self._frames, self.progress, device = {}, None, device or best_device()
+        if "TORCHELASTIC_RUN_ID" in os.environ:                   # torchrun; others leave a RANK behind
+            device = self.join(device)
         self.device = usable_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
         set_tf32(False)
         self.num_classes = len(data.dataset_class(recipe.dataset).classes)
-        self.splits = ("train", "val", "test")
-        if recipe.dataset == "cityscapes":                        # its test labels are not public
-            self.splits = ("train", "val")
+        public = recipe.dataset != "cityscapes"                   # whose test labels are not
+        self.splits = ("train", "val", "test") if public else ("train", "val")
 
-    def path(self, name):
-        return self.folder / name
-
-    # -- torchrun
-
-    def join(self):
-        """Connects to torchrun's other processes, if there are any: by nccl if each has its own GPU, else
-        by gloo."""
-        if not launched() or os.environ["WORLD_SIZE"] == "1":
-            return
-        self.rank, self.world, self.local_world = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        # Python runs no handler while a process waits for another. With the default action torchrun can end
-        # it at once, not after 30 s.
+    def join(self, device):
+        """Connects to torchrun's other processes: by nccl if each has its own GPU, else by gloo. -> this
+        process's device"""
+        self.rank, self.world, local_rank, local_world = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+        self.sharing = 1 if gpus >= local_world else local_world
+        # A process that waits for another runs no handler of Python's: so torchrun can end it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         forever = datetime.timedelta(days=365)                    # a candidate may take hours
         self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
-        dist.init_process_group("nccl" if self.own_gpu() else "gloo", rank=self.rank, world_size=self.world,
-                                store=dist.PrefixStore("group", self.store), timeout=forever)
+        dist.init_process_group("nccl" if gpus >= local_world else "gloo", rank=self.rank, timeout=forever,
+                                world_size=self.world, store=dist.PrefixStore("group", self.store))
         if self.rank:
             sys.stdout = open(os.devnull, "w")                    # one process reports
-
-    def own_gpu(self):
-        return self.device.type == "cuda" and torch.cuda.device_count() >= self.local_world
+        return f"cuda:{local_rank % gpus}" if gpus else device
 
     def barrier(self):
         """Waits until every process is here, so that all see the same files."""
         if self.world > 1:
             dist.barrier()
 
-    def broadcast(self, value):
-        """Rank 0's value, in every process."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
     def first(self, work):
-        """work() in rank 0; the others wait. A mistake of the user that it finds ends all of them, and only
-        rank 0 reports it."""
-        problem = None
+        """What work() returns in rank 0, in every process. A mistake of the user that it finds ends all of
+        them, and rank 0 reports it."""
+        done = [None, None]                                       # what it returns, what it raises
         if self.rank == 0:
             try:
-                work()
+                done[0] = work()
             except (InputError, OSError) as error:
-                problem = error
-        if self.broadcast(problem is not None):
-            raise problem or SystemExit(2)
+                done[1] = error
+        if self.world > 1:
+            dist.broadcast_object_list(done)
+        if done[1]:
+            raise SystemExit(2) if self.rank else done[1]
+        return done[0]
 
-    # -- data and device
+    # -- the folder, data and device
+
+    def path(self, name):
+        return self.folder / name
 
     def dataset(self, split):
         return data.open_split(self.recipe.dataset, self.root, split)
@@ -352,14 +306,11 @@ class Run:
 
     # -- trainings and their checkpoints
 
-    def epochs(self, name, count, parts, optimizers, network=None):
+    def epochs(self, name, count, parts, optimizers):
         """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
 
-        parts: the modules that are trained, {"static": module, "cell": module}. network: the networks.Network
-        that is trained; needed if there is a cell."""
-        path, history, since, facts = self.path(f"{name}.pt"), [], time.time(), {}
-        if "cell" in parts:
-            facts = {"genotype": as_text(network.genotype), "past": network.past}
+        parts: the modules that are trained, {"static": module, "cell": module}."""
+        path, history, since = self.path(f"{name}.pt"), [], time.time()
         if path.exists():
             saved = self.checkpoint(name)
             history = saved["history"]
@@ -379,68 +330,48 @@ class Run:
             if not epoch.last and time.time() - since > SAVE_SECONDS:
                 since = time.time()
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                self.save(name, parts, history=history, optimizers=states, **facts)
-        self.save(name, parts, history=history, **facts)
+                self.save(name, parts, history=history, optimizers=states)
+        self.save(name, parts, history=history)
         self.barrier()
 
     def save(self, name, parts, **more):
-        """Writes NAME.pt. Its keys, most of which dyncell.VideoSegmenter.load reads:
-
-        static, cell     the networks' states, on the CPU: torch.load opens a GPU's file anywhere
-        network          where there is a static network: its key in dyncell.STATICS
-        classes, palette, size      and the data's classes, (C, 3) colours, and frames' (H, W)
-        genotype, past   where there is a cell: its genotype in JSON or "decoder"; whether it sees the past
-        history          an entry an epoch: epoch, loss, seconds; in some val_miou
-        recipe           every field
-        source           in static.pt: digests of the files of weights
-        optimizers       their states, until the training is finished
-        average          in static.pt, until then: the running mean of the weights, which is kept as static
-
-        controller.pt has controller, last_update and candidates in place of networks and history."""
+        """Writes NAME.pt, a dict whose keys stand in docs/running.md, question 8: the states of the networks
+        in `parts`, what tells a reader how to use them, the recipe, and `more`."""
         if self.rank:
             return
         states = {part: {key: value.cpu() for key, value in module.state_dict().items()}
-                  for part, module in parts.items()}
+                  for part, module in parts.items()}              # on the CPU: torch.load opens it anywhere
         if "static" in states:
             kind = data.dataset_class(self.recipe.dataset)
             more.update(network=parts["static"].name, classes=list(kind.classes),
-                        palette=np.asarray(kind.palette).tolist(), size=tuple(self.frame_size()))
+                        palette=[list(map(int, colour)) for colour in kind.palette],
+                        size=tuple(self.frame_size()))
             if "optimizers" not in more:                          # finished: no auxiliary heads
                 states.pop("average", None)
                 states["static"] = {key: value for key, value in states["static"].items()
                                     if not key.startswith("auxiliary.")}
-        if name == "static":
-            more["source"] = self._source or weights.digests(self.recipe)
+        if "cell" in parts:
+            genotype = getattr(parts["cell"], "genotype", None)   # the decoder has none
+            more.update(genotype=genotype.to_json() if genotype else DECODER,
+                        past=getattr(parts["cell"], "past", True))
         save(self.path(f"{name}.pt"), {**states, **more, "recipe": dataclasses.asdict(self.recipe)})
 
     def finished(self, name):
         """Whether NAME.pt holds a finished training. Rank 0 decides for all processes."""
-        return self.broadcast(self.rank == 0 and self.made(name))
-
-    def made(self, name):
-        """As finished(), for this process alone."""
-        return self.path(f"{name}.pt").exists() and "optimizers" not in self.checkpoint(name)
+        path = self.path(f"{name}.pt")
+        return self.first(lambda: path.exists() and "optimizers" not in self.checkpoint(name))
 
     def checkpoint(self, name):
-        """The content of NAME.pt. Raises InputError if it was made with another recipe, or from weights of
-        another content; the files may have moved, and one that is gone is not compared."""
+        """The content of NAME.pt. Raises InputError if it was made with another recipe."""
         path = self.path(f"{name}.pt")
         saved = load(path)
         if not isinstance(saved, dict) or "recipe" not in saved:
             raise InputError(f"{path}: holds no result of a training; use another --run")
         check_recipe(path, saved["recipe"], self.recipe, stage_of(name))
-        if name == "static":
-            for field, digest in weights.digests(self.recipe).items():
-                if digest not in (None, saved["source"][field]):
-                    raise InputError(f"{path}: was trained when {flag(field)} had another content than "
-                                     f"{getattr(self.recipe, field)} has now; give the original, or use "
-                                     "another --run")
-            self._source = saved["source"]
         return saved
 
     def load(self, name):
         """The network of a finished training (static, baseline, cell-K) as a VideoSegmenter in eval mode."""
-        self.checkpoint(name)                                     # is it this recipe's?
         video = VideoSegmenter.load(self.path(f"{name}.pt"))
         video.pad = self.recipe.input_pad
         return self.to_device(video)
@@ -449,9 +380,8 @@ class Run:
         """The cell of a network that was trained alone; None for the baseline."""
         if network.genotype is None:
             return None
-        name = f"{network.name}-alone"
         cell = make_cell(network.genotype, self.load("static").static, network.past)
-        fill(cell, self.checkpoint(name)["cell"], self.path(f"{name}.pt"))
+        cell.load_state_dict(self.checkpoint(f"{network.name}-alone")["cell"])
         return self.to_device(cell)
 
     def log(self, name):
@@ -462,13 +392,11 @@ class Run:
 def locked(run):
     """A context in which no other command can work on the run's folder. Prints a line if the folder can't
     be locked. Raises InputError if another command has locked it."""
-    if run.rank:
-        yield
-        return
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.path("lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if run.rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{run.folder}: another process is working on this run; wait for it or use "
                              "another --run") from None

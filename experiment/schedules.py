@@ -187,7 +187,7 @@ def check_memory(run, stage):
     if stage != "search":                    # torchrun's processes share a batch, each has a candidate
         step /= run.world
     need = 1.1 * (0.6 if has_bf16(run.device) else 1) * step + stored
-    need, has = need * (1 if run.own_gpu() else run.local_world), available(run.device)
+    need, has = need * run.sharing, available(run.device)
     if has is not None and need > has:
         raise InputError(f"{stage}: needs {need / 1e9:.1f} GB, and {run.device} has {has / 1e9:.1f} GB; "
                          f"{REMEDY[stage]}")

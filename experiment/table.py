@@ -52,11 +52,12 @@ def done(run, stage):
     if stage == "pretrain":
         return run.finished("static")
     if stage == "search":
-        return run.broadcast(run.rank == 0 and searched(run))
+        return run.first(lambda: searched(run))
     if stage == "finetune":
         return all(run.finished(network.name) for network in networks(run))
     table = Table(run)
-    return run.broadcast(not table.missing() and table.finished)
+    missing = table.missing()
+    return run.first(lambda: not missing and table.finished)
 
 
 @contextlib.contextmanager

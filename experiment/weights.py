@@ -1,5 +1,4 @@
 """Files of weights that the user gives: for the encoder, for the static network, for predict."""
-import hashlib
 import pathlib
 import warnings
 
@@ -40,7 +39,7 @@ def begin(model, recipe, classes):
                 "much accuracy")
     if path == "imagenet":                   # in torch.hub's folder, which torchvision uses, too
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
-        download(IMAGENET, path, "pass --encoder-weights FILE (or none)", digest("imagenet"))
+        download(IMAGENET, path, "pass --encoder-weights FILE (or none)", IMAGENET[-12:-4])
     _, state = find(path, "features.0.0.weight", ENCODER)
     head = "features.18.", "classifier."     # for which the encoder has no place
     try:
@@ -116,17 +115,3 @@ def read(path, wanted):
         elif head[8:9] == b"{":
             said = ["is a safetensors file; load it by safetensors.torch.load_file, and torch.save that"]
         raise InputError(f"{path}: {said[0]}; {wanted}") from None
-
-
-def digests(recipe):
-    """{field: digest} of the recipe's files of weights: they are compared by content, as they may move."""
-    return {field: digest(getattr(recipe, field)) for field in FILES}
-
-
-def digest(source):
-    """The first digits of the SHA-256 of a file of weights. "imagenet" has known ones, "none" stays "none".
-    None if there is no such file."""
-    known, path = {"imagenet": IMAGENET[-12:-4], "none": "none"}, pathlib.Path(source)
-    if source in known or not path.is_file():
-        return known.get(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]

@@ -81,16 +81,17 @@ def calibrated(static, images):
 
 
 def arguments_of(folder):
-    """The flags of the small run; its encoder's weights lie beside the folder."""
-    return [*ARGUMENTS, "--encoder-weights", str(folder.parent / "encoder.pth"), "--run", str(folder)]
+    """The flags of the small run. Its encoder's weights lie in the folder of all tests."""
+    encoder = next(parent / "encoder.pth" for parent in folder.parents if (parent / "encoder.pth").exists())
+    return [*ARGUMENTS, "--encoder-weights", str(encoder), "--run", str(folder)]
 
 
-def save_encoder_weights(folder):
+def save_encoder_weights(path):
     torch.manual_seed(0)
     videos = data.Synthetic(None, "train")
     images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips[:4]])
     static = calibrated(Arch2(6), data.normalise(images))
-    torch.save(static.encoder.state_dict(), folder.parent / "encoder.pth")
+    torch.save(static.encoder.state_dict(), path)
 
 
 class Ended(typing.NamedTuple):
@@ -166,16 +167,15 @@ def smoke(tmp_path_factory):
         folder.parent.mkdir()
         with pytest.MonkeyPatch.context() as patch:
             make_small(patch.setattr)
-            save_encoder_weights(folder)
+            save_encoder_weights(folder.parents[1] / "encoder.pth")
         ended = start(folder)
         assert ended.status == 0, ended.output
     return folder
 
 
 def copy_of(smoke, tmp_path, *names):
-    """A copy of the finished run, or of some of its files, and of the weights beside it."""
+    """A copy of the finished run, or of some of its files."""
     folder = tmp_path / "run"
     tmp_path.mkdir(exist_ok=True)
-    shutil.copy(smoke.parent / "encoder.pth", tmp_path)
     shutil.copytree(smoke, folder, ignore=lambda _, found: set(found) - set(names) if names else ())
     return folder

@@ -183,7 +183,7 @@ def test_too_little_memory_is_told_before_any_work(tmp_path, monkeypatch, datase
             monkeypatch.setattr(schedules, "available", lambda device: least * 1e9)
             with pytest.raises(InputError, match=f"{stage}: .* GB.*lower --.*--schedule short"):
                 schedules.check_memory(run, stage)
-    run.world = run.local_world = 2          # they share a batch, but each trains a candidate
+    run.world = run.sharing = 2          # they share a batch, but each trains a candidate
     monkeypatch.setattr(schedules, "available", lambda device: 1.9 * needs["search"][0] * 1e9)
     with pytest.raises(InputError, match="search: .* GB"):
         schedules.check_memory(run, "search")

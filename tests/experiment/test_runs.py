@@ -1,7 +1,7 @@
 """A run may be stopped anywhere and ends with the numbers of one left alone; else it is refused.
 
-A training; the search's log; which recipes a folder takes; files; whole runs, killed; torchrun. `-m slow`
-runs the long forms: 50 kills in all stages, ten workers killed.
+A training; the search's log; which recipes a folder takes; whole runs, killed; torchrun. `-m slow` runs the
+long forms: 50 kills in all stages, ten workers killed.
 """
 import dataclasses
 import fcntl
@@ -14,24 +14,22 @@ import shutil
 import signal
 import socket
 import time
-import types
 import uuid
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from whole_run import (FORKED, arguments_of, copy_of, make_small, run_forked, small, smoke,
-                       start, write_to)
+from whole_run import FORKED, arguments_of, copy_of, make_small, run_forked, small, smoke, start, write_to
 
 import data
 import train
 from data import InputError
 from dyncell import Genotype
 from train import recipe_for
-from experiment import networks, options, runs, schedules, table, weights
+from experiment import networks, options, runs, schedules, table
 from experiment.runs import Run, generator
-from util import device, files
+from util import files
 from util.progress import Progress
 
 
@@ -40,48 +38,44 @@ def run(tmp_path, small):
     return Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
 
 
+def run_in(folder):
+    return Run(folder, options.folder_of(folder, train.Recipe)["recipe"], device="cpu")
+
+
 # ---- a training: run.epochs, epoch.batches
 
 TOKENS = [1, 2, 0, 0, 0, 2, 5, 0, 0, 0]
 GENOTYPE = Genotype.from_tokens(TOKENS)
-NETWORK = networks.Network("cell-7", "", GENOTYPE, past=False)
 
 
-class Tiny:
-    """A tiny training: linear regression of 9 numbers, by two optimisers with a memory of their own."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.x, self.y = torch.randn(9, 4), torch.arange(9.0)[:, None]
-        self.model = torch.nn.Linear(4, 1)
-        self.model.unused = torch.nn.Parameter(torch.ones(1, 1))          # weight decay must not shrink it
-        self.optimizers = [torch.optim.Adam([self.model.weight], lr=0.1),
-                           torch.optim.SGD([self.model.bias, self.model.unused], lr=0.01, momentum=0.9,
-                                           weight_decay=0.1)]
-        self.steps = 0
-
-
-def train_tiny(run, stop_at=None, noise=1.0, name="tiny"):
-    """Three epochs of four batches, or up to step number `stop_at`. Returns the weights and the losses."""
-    tiny = Tiny()
-    for epoch in run.epochs(name, 3, {"cell": tiny.model}, tiny.optimizers, NETWORK):
+def train_tiny(run, stop_at=None, noise=1.0):
+    """Linear regression of 9 numbers by two optimisers with a memory of their own: three epochs of four
+    batches, or up to step number `stop_at`. Returns the weights and the losses."""
+    torch.manual_seed(0)
+    xs, ys, steps = torch.randn(9, 4), torch.arange(9.0)[:, None], 0
+    model = torch.nn.Linear(4, 1)
+    model.unused = torch.nn.Parameter(torch.ones(1, 1))                   # weight decay must not shrink it
+    model.genotype, model.past = GENOTYPE, False                          # as a cell has
+    optimizers = [torch.optim.Adam([model.weight], lr=0.1),
+                  torch.optim.SGD([model.bias, model.unused], lr=0.01, momentum=0.9, weight_decay=0.1)]
+    for epoch in run.epochs("tiny", 3, {"cell": model}, optimizers):
         for batch, done in epoch.batches(9, 2):
-            tiny.steps += 1
-            if tiny.steps == stop_at:
+            steps += 1
+            if steps == stop_at:
                 raise KeyboardInterrupt
-            x = torch.nn.functional.dropout(tiny.x[batch], 0.2 * noise)   # by torch's own generator
+            x = torch.nn.functional.dropout(xs[batch], 0.2 * noise)       # by torch's own generator
             x = x + noise * torch.randn(x.shape, generator=epoch.rng)     # and by the epoch's
-            loss = ((tiny.model(x) - tiny.y[batch]) ** 2).mean()
-            train.update(loss, tiny.optimizers, train.poly(done, 0.9), run.world)
+            loss = ((model(x) - ys[batch]) ** 2).mean()
+            train.update(loss, optimizers, train.poly(done, 0.9), run.world)
             epoch.log(loss)
-    losses = [entry["loss"] for entry in run.checkpoint(name)["history"]]
-    return torch.cat([p.detach().flatten() for p in tiny.model.parameters()]), losses
+    losses = [entry["loss"] for entry in run.checkpoint("tiny")["history"]]
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
 
 
-@pytest.mark.parametrize("stop_at, every", [(1, 0), (4, 0), (5, 0), (8, 0), (9, 0), (12, 0), (9, 1000)])
+@pytest.mark.parametrize("stop_at, every", [(1, 0), (4, 0), (5, 0), (9, 0), (12, 0), (9, 1000)])
 def test_a_stopped_training_ends_with_the_same_weights(run, monkeypatch, stop_at, every):
-    """Stopped in the first and last step of each of three epochs; and where not every epoch is saved, but one
-    in so many seconds. One file, which holds the optimisers until the training is finished."""
+    """Stopped in first and last steps of epochs; and where not every epoch is saved, but one in so many
+    seconds. One file, which holds the optimisers until the training is finished."""
     weights, losses = train_tiny(run)
     run.path("tiny.pt").unlink()
     monkeypatch.setattr(runs, "SAVE_SECONDS", every)
@@ -100,19 +94,22 @@ def test_a_stopped_training_ends_with_the_same_weights(run, monkeypatch, stop_at
 
 
 def test_batches_are_shuffled_anew_in_each_epoch_and_know_what_is_behind(run):
-    orders, shares = [], []
-    for epoch in run.epochs("b", 2, {"line": torch.nn.Linear(1, 1)}, []):
-        order = []
+    orders, shares, line = [], [], torch.nn.Linear(1, 1)
+    for epoch in run.epochs("b", 2, {"line": line}, []):
+        orders.append([])
         for batch, done in epoch.batches(7, 3):
-            order += batch.tolist()
+            orders[-1] += batch.tolist()
             shares.append(done)
             epoch.log(torch.zeros(()))
-        orders.append(order)
     assert shares == [0, 1 / 4, 2 / 4, 3 / 4]
     assert all(len(set(order)) == 6 for order in orders)                  # a smaller last batch is dropped
     assert orders[0] != orders[1]
     assert [len(batch) for batch in runs.batches(2, 8, generator(0))] == [2]          # fewer than a batch
-    assert not list(run.epochs("none", 0, {"line": torch.nn.Linear(4, 1)}, [])) and run.finished("none")
+    assert not list(run.epochs("none", 0, {"line": line}, [])) and run.finished("none")
+    for every, expected in ((0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7])):
+        assert [k + 1 for k in range(7) if runs.Epoch(run, "x", k, 7).due(every)] == expected
+    keys = (0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 11), (0, "a", 1, 1)
+    assert len({torch.rand(1, generator=generator(*key)).item() for key in keys}) == 6
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -122,23 +119,24 @@ def test_a_loss_that_is_not_finite_stops_a_training_and_is_not_saved(run, value)
         for epoch in run.epochs("x", 3, {"line": model}, []):
             for batch, _ in epoch.batches(4, 2):
                 epoch.log(model.weight.sum() * (value if epoch.index == 1 else 1))
-    assert len(torch.load(run.path("x.pt"), weights_only=True)["history"]) == 1
+    assert len(files.load(run.path("x.pt"))["history"]) == 1
 
 
-def test_epochs_are_due_every_nth_time_and_at_the_end(run):
-    for every, expected in ((0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7])):
-        assert [k + 1 for k in range(7) if runs.Epoch(run, "x", k, 7).due(every)] == expected
-
-
-def test_what_one_stage_draws_does_not_depend_on_another():
-    keys = (0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "a", 11), (0, "a", 1, 1)
-    assert len({torch.rand(1, generator=generator(*key)).item() for key in keys}) == 6
+def test_a_file_made_on_another_device_opens_without_it(monkeypatch, run):
+    """The other device is "meta", whose tensors have no content to bring here."""
+    brought = torch.ones(1, 2)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: brought.clone() if x.device.type == "meta" else x)
+    run.save("cell", {"cell": torch.nn.Linear(2, 1, bias=False, device="meta")})
+    assert torch.equal(torch.load(run.path("cell.pt"))["cell"]["weight"], brought)
 
 
 # ---- the search's log
 
-def lines(*candidates, **changes):
-    entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": TOKENS, **changes}
+LOGS = "search.jsonl", "random.jsonl"
+
+
+def lines(*candidates):
+    entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": TOKENS}
     return "".join(json.dumps({"candidate": k, **entry}) + "\n" for k in candidates)
 
 
@@ -155,14 +153,13 @@ def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys
     assert files.read_log(path)[2]["reward"] == log[2]["reward"] == 0.7 and not log.claim(2)
 
 
-def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(run, capsys):
+def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(run):
     """Sums may round otherwise there; the rewards belong to what was trained."""
     run.path("log.jsonl").write_text(lines(1))
-    sampled = torch.tensor([TOKENS] * 3)
-    sampled[1, 1] += 1
-    tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)
-    assert tokens.tolist() == [TOKENS] * 3 and sampled[1].tolist() != TOKENS
-    assert "log.jsonl: this machine samples another candidate 1" in capsys.readouterr().out
+    sampled = torch.tensor([TOKENS] * 4)
+    sampled[1:, 1] += 1
+    tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)              # the last round may be shorter
+    assert tokens.tolist() == [TOKENS, TOKENS, sampled[2].tolist()]
 
 
 # ---- a result depends on the fields of its stage and of earlier ones, and on no other
@@ -170,57 +167,32 @@ def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(r
 MADE_BY = {"static.pt": "pretrain", "controller.pt": "search", "search.jsonl": "search",
            "random.jsonl": "search", "cell-0-alone.pt": "alone", "cell-0.pt": "end", "baseline.pt": "end",
            "results.json": None}                                          # its rows know what made them
-LOGS = "search.jsonl", "random.jsonl"
-
-
 STAGE_OF = {field.name: field.metadata["stage"] for field in dataclasses.fields(train.Recipe)}
-
-
-def changed(recipe, name):
-    value = getattr(recipe, name)
-    others = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.01,
-              str: lambda: value + "x", tuple: lambda: (*value, *value)}
-    return dataclasses.replace(recipe, **{name: others[type(value)]()})
-
-
-@pytest.fixture(scope="module")
-def refusals(smoke, tmp_path_factory):
-    """A function: file of the finished run, field -> what is said when the field is changed in a folder that
-    holds this file only, or None."""
-    recipe = options.folder_of(smoke, train.Recipe)["recipe"]
-    folders = {}
-
-    def refusal(file, name):
-        if file not in folders:
-            folders[file] = tmp_path_factory.mktemp("one")
-            for found in (file, "recipe.json"):
-                shutil.copy(smoke / found, folders[file])
-        changed_run = Run(folders[file], recipe, device="cpu")
-        changed_run.recipe = changed(recipe, name)
-        try:
-            options.check_folder(changed_run)
-        except InputError as error:
-            return str(error)
-    return refusal
 
 
 @pytest.mark.parametrize("file, stage", MADE_BY.items())
 def test_every_field_of_a_files_own_and_earlier_stages_is_refused_and_no_other(
-        refusals, monkeypatch, file, stage):
+        smoke, tmp_path, monkeypatch, file, stage):
     monkeypatch.setattr(runs, "load", functools.cache(files.load))
-    for field in dataclasses.fields(train.Recipe):
-        said = refusals(file, field.name)
-        depends = stage is not None and runs.STAGES.index(STAGE_OF[field.name]) <= runs.STAGES.index(stage)
-        if field.name in weights.FILES:                                   # compared by content, tested below
-            continue
-        assert (said is not None) == depends, f"{file}, {field.name}: {said}"
-        if said:
-            assert file in said and " there, " in said and f"{runs.flag(field.name)} " in said
+    run = run_in(copy_of(smoke, tmp_path, file, "recipe.json"))
+    recipe = run.recipe
+    for name, own_stage in STAGE_OF.items():
+        value, said = getattr(recipe, name), ""
+        other = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.01,
+                 str: lambda: value + "x", tuple: lambda: (*value, *value, "warp")}[type(value)]()
+        run.recipe = dataclasses.replace(recipe, **{name: other})
+        try:
+            options.check_folder(run)
+        except InputError as error:
+            said = str(error)
+        depends = stage is not None and runs.STAGES.index(own_stage) <= runs.STAGES.index(stage)
+        assert bool(said) == depends, f"{file}, {name}: {said}"
+        assert not said or re.search(rf"{file}: .*{runs.flag(name)} .* there, .* now", said)
 
 
 def test_the_stages_of_fields_written_out_by_hand():
     by_hand = {
-        "pretrain": "dataset seed static_epochs static_lr_encoder static_crop static_weight_decay",
+        "pretrain": "dataset seed encoder_weights static static_epochs static_lr_encoder static_crop",
         "search": "sequence_length cell_layers meta_val_share search_epochs cell_lr controller_lr",
         "alone": "cell_epochs cell_batch", "end": "end_epochs end_lr_cell end_lr_static end_crop",
         "amount": "search_candidates search_strategy cells cell seeds key_frames without_past"}
@@ -228,31 +200,24 @@ def test_the_stages_of_fields_written_out_by_hand():
         assert {STAGE_OF[name] for name in names.split()} == {stage}
 
 
-# Other values of fields, with which the small run still works.
-OTHERS = ("--search-epochs 9 --cell-lr 0.5 --cell-layers 3 --meta-val-share 0.4 --controller-lr 0.5 "
-          "--sequence-length 4 --cell-epochs 7 --cell-batch 5 --end-epochs 9 --end-crop 16 16 "
-          "--end-lr-cell 0.7 --end-lr-static 0.7 --cells 3 --cell warp --no-without-past --seeds 4 "
-          "--key-frames 7 --validate-every 0")
+# Other values of later stages' fields, with which the small run still works.
+OF_THE_SEARCH = ("--search-epochs 9 --cell-lr 0.5 --cell-layers 3 --meta-val-share 0.4 --controller-lr 0.5 "
+                 "--sequence-length 4 ").split()
+OF_LATER_STAGES = ("--cell-epochs 7 --cell-batch 5 --end-epochs 9 --end-crop 16 16 --end-lr-cell 0.7 "
+                   "--end-lr-static 0.7 --cells 3 --cell warp --no-without-past --seeds 4 --key-frames 7"
+                   ).split()
 
 
-def of_later_stages(stage):
-    """Those of OTHERS on which a result of this stage must not depend."""
-    words, own = [], {runs.flag(name) for name in runs.fields_of(train.Recipe(), stage)}
-    for text in OTHERS.split(" --"):
-        name, *values = text.removeprefix("--").split()
-        if f"--{name}" not in own:
-            words += [f"--{name}", *values]
-    return words
-
-
-@pytest.mark.parametrize("stage, kept, made", [
-    ("pretrain", [], ["static.pt"]), ("search", ["static.pt"], [*LOGS, "controller.pt"])])
-def test_a_stage_makes_the_same_whatever_later_stages_are_told(smoke, small, tmp_path, stage, kept, made):
+@pytest.mark.parametrize("stage, told, kept, made", [
+    ("pretrain", OF_THE_SEARCH + OF_LATER_STAGES + ["--validate-every", "0"], [], ["static.pt"]),
+    ("search", OF_LATER_STAGES, ["static.pt"], [*LOGS, "controller.pt"])])
+def test_a_stage_makes_the_same_whatever_later_stages_are_told(
+        smoke, small, tmp_path, stage, told, kept, made):
     folder = copy_of(smoke, tmp_path, "recipe.json", *kept)
-    train.main([*arguments_of(folder), *of_later_stages(stage), "--stage", stage])
+    train.main([*arguments_of(folder), *told, "--stage", stage])
     for name in made:
         a, b = outcome_of(smoke / name), outcome_of(folder / name)
-        if name == "static.pt":
+        if stage == "pretrain":
             for epoch in a["history"]:
                 epoch.pop("val_miou", None)                               # it was told not to look at val
         assert same(a, b), name
@@ -260,31 +225,23 @@ def test_a_stage_makes_the_same_whatever_later_stages_are_told(smoke, small, tmp
 
 def test_what_is_no_network_of_this_run_is_named(smoke, small, tmp_path):
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
-    run = Run(folder, options.folder_of(folder, train.Recipe)["recipe"], device="cpu")
-    saved = files.load(folder / "static.pt")
+    run, saved = run_in(folder), files.load(folder / "static.pt")
     torch.save({**saved, "static": {"weight": torch.zeros(1)}}, folder / "baseline.pt")
     torch.save({**saved, "optimizers": []}, folder / "cell-0.pt")
     torch.save([1, 2], folder / "list.pt")
     for name, said in (("baseline", "another network"), ("controller", "no finished network"),
-                       ("cell-0", "finished"), ("list", "no result"), ("cell-7", "no such file")):
+                       ("cell-0", "finished"), ("list", "no finished"), ("cell-7", "no such file")):
         with pytest.raises(InputError, match=f"{name}.pt: .*{said}"):
             run.load(name)
+    with pytest.raises(InputError, match="list.pt: .*no result"):
+        options.check_folder(run)
 
 
-def test_a_static_network_of_another_run_is_taken_over(smoke, small, tmp_path):
-    """Its folder has no recipe.json: it gets one, so that a single stage finds it."""
-    folder = copy_of(smoke, tmp_path, "static.pt")
-    changes = ["--cell-layers", "1", "--search-candidates", "1", "--search-strategy", "ppo"]
-    train.main([*arguments_of(folder), *changes, "--stage", "search"])
-    assert json.loads((folder / "recipe.json").read_text())["recipe"]["cell_layers"] == 1
-    assert len(files.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
-
-
-# ---- what a static network was made from: files, by content
-
-def test_weights_that_moved_are_the_same_and_others_are_refused(smoke, small, tmp_path, monkeypatch):
-    """And a pre-training that goes on, here in its second epoch, needs no file of weights."""
-    folder, encoder, moved = copy_of(smoke, tmp_path, "recipe.json"), tmp_path / "encoder.pth", tmp_path / "x"
+def test_a_pretraining_goes_on_without_its_files_of_weights_and_takes_no_other(
+        smoke, small, tmp_path, monkeypatch):
+    """Stopped in its second epoch. So does a search, in a folder that has no recipe."""
+    folder, encoder = copy_of(smoke, tmp_path, "nothing"), tmp_path / "encoder.pth"
+    shutil.copy(smoke.parents[1] / "encoder.pth", encoder)                # which arguments_of finds first
     update, calls = train.update, []
 
     def stop_at_4(*arguments):
@@ -293,50 +250,19 @@ def test_weights_that_moved_are_the_same_and_others_are_refused(smoke, small, tm
             raise KeyboardInterrupt
         update(*arguments)
 
+    arguments = [*arguments_of(folder), "--stage"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "update", stop_at_4)
-        train.main([*arguments_of(folder), "--stage", "pretrain"])
-    encoder.rename(moved)
-    train.main([*arguments_of(folder), "--stage", "pretrain"])
+        train.main([*arguments, "pretrain"])
+    encoder.unlink()
+    train.main([*arguments, "pretrain"])
     assert same(outcome_of(folder / "static.pt"), outcome_of(smoke / "static.pt"))
-    encoder.write_bytes(b"another content")
-    for other in (encoder, "none"):
-        with pytest.raises(InputError, match=f"static.pt: .*--encoder-weights had another .* {other}"):
-            train.main([*arguments_of(folder), "--encoder-weights", str(other)])
-    train.main([*arguments_of(folder), "--encoder-weights", str(moved), "--stage", "pretrain"])
-
-
-# ---- the device
-
-def test_a_file_made_on_another_device_opens_without_it(monkeypatch, tmp_path):
-    """The other device is "meta", whose tensors have no content to bring here."""
-    brought = torch.ones(1, 2)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: brought.clone() if x.device.type == "meta" else x)
-    run = Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
-    run.save("cell", {"cell": torch.nn.Linear(2, 1, bias=False, device="meta")})
-    assert torch.equal(torch.load(tmp_path / "cell.pt")["cell"]["weight"], brought)
-
-
-def test_a_gpu_rounds_in_training_and_not_in_evaluation(tmp_path):
-    """After an error, too. table.stage sets it for a stage."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    device.set_tf32(True)
-    Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
-    assert not any(backend.allow_tf32 for backend in backends)
-    device.set_tf32(True)
-    with pytest.raises(KeyError), device.float32():
-        assert not any(backend.allow_tf32 for backend in backends)
-        raise KeyError
-    assert all(backend.allow_tf32 for backend in backends)
-
-
-def test_a_torch_without_distributed_runs_as_one_process(run, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(runs, "dist", types.SimpleNamespace(is_available=lambda: False))
-    run.join()
-    assert (run.rank, run.world, run.broadcast(7)) == (0, 1, 7)
-    run.barrier()
-    train_tiny(run)
+    with pytest.raises(InputError, match=f'static.pt: .*--encoder-weights "{encoder}" there, "none" now'):
+        train.main([*arguments, "search", "--encoder-weights", "none"])
+    (folder / "recipe.json").unlink()
+    train.main([*arguments, "search", "--cell-layers", "1", "--search-candidates", "1"])
+    assert json.loads((folder / "recipe.json").read_text())["recipe"]["cell_layers"] == 1
+    assert len(files.read_log(folder / "search.jsonl")[0]["tokens"]) == 5
 
 
 # ---- whole runs
@@ -346,28 +272,19 @@ def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is working on this run; wait for it or"):
             train.main(arguments_of(smoke))
-    train.main([*arguments_of(smoke), "--stage", "pretrain"])             # it is free again
 
 
 def outcome_of(path):
-    """What a file holds and must not depend on how often its run was stopped: all but the measured times. The
-    recipe says where the weights lie, so it may differ."""
+    """What a file holds and must not depend on how often its run was stopped: all but the measured times."""
     if path.suffix == ".jsonl":
-        entries = files.read_log(path)
-        return [{**entries[k], "seconds": 0} for k in sorted(entries)]    # of two processes one may be faster
+        log = files.read_log(path)
+        return [{**log[k], "seconds": 0} for k in sorted(log)]            # of two processes one may be faster
     if path.suffix == ".png":
         return "drawn"
     content = files.load(path)
-    content.pop("recipe", None)
     for epoch in content.get("history", []):
         epoch["seconds"] = 0
-    return content
-
-
-def outcome(folder):
-    """{file: content} of a folder."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: outcome_of(path) for name, path in files.items() if name not in ("lock", "recipe.json")}
+    return {name: value for name, value in content.items() if name != "recipe"}
 
 
 def same(a, b):
@@ -382,7 +299,9 @@ def same(a, b):
 
 
 def assert_same(folder, smoke):
-    a, b = outcome(folder), outcome(smoke)
+    """All files of two folders."""
+    a, b = ({str(path.relative_to(one)): outcome_of(path) for path in one.rglob("*.*")
+             if path.name != "recipe.json"} for one in (folder, smoke))
     assert a.keys() == b.keys()
     assert not [name for name in a if not same(a[name], b[name])]
 
@@ -390,13 +309,11 @@ def assert_same(folder, smoke):
 def test_a_finished_run_has_these_files_and_no_other(smoke):
     networks = ["baseline", "cell-0", "cell-0-without-past", "random-0"]
     alone = [f"{name}-alone" for name in networks[1:]]
-    figures = {path.name for path in (smoke / "figures").iterdir()}
     assert {path.name for path in smoke.iterdir()} == {
         "recipe.json", "lock", "search.jsonl", "random.jsonl", "results.json", "figures",
         *(f"{name}.pt" for name in ["static", "controller", "examples", *networks, *alone])}
-    assert {f"fig7-{name}.png" for name in ("cell-0", "random-0")} <= figures
     for path in smoke.glob("*.pt"):
-        assert "optimizers" not in files.load(path)
+        assert not {"optimizers", "average"} & files.load(path).keys()
 
 
 def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke, small, capsys):
@@ -456,25 +373,23 @@ def test_a_run_that_is_killed_50_times_in_all_stages_ends_with_the_same_numbers(
 
 def test_a_full_disk_is_told_and_the_run_goes_on(smoke, tmp_path):
     folder = copy_of(smoke, tmp_path, "nothing")
-    for limit in (100, 100_000, 8_000_000):           # recipe.json, a checkpoint, one with optimisers
+    log = (smoke / "search.jsonl").read_bytes()
+    for limit in (100, 100_000, 8_000_000, len(log) - 100):       # recipe.json, a checkpoint, one with
+        if limit == len(log) - 100:                               # optimisers; half a line of the log
+            shutil.copy(smoke / "static.pt", folder)
+            (folder / "search.jsonl").write_bytes(log[:-400])
         ended = start(folder, limit=limit)
         assert ended.status == 2
         assert ended.output.splitlines()[-1].startswith("error: [Errno 27] File too large")
         assert not list(folder.glob("*.writing"))
-    shutil.copy(smoke / "static.pt", folder)
-    log = (smoke / "search.jsonl").read_bytes()
-    (folder / "search.jsonl").write_bytes(log[:-400])
-    ended = start(folder, "--stage", "search", limit=len(log) - 100)      # half a line of the log
-    assert ended.status == 2 and "error: [Errno" in ended.output
     ended = start(folder, "--stage", "search")
     assert ended.status == 0, ended.output
-    for name in ("search.jsonl", "random.jsonl", "controller.pt"):
+    for name in (*LOGS, "controller.pt"):
         assert same(outcome_of(folder / name), outcome_of(smoke / name))
 
 
 def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before(smoke, small, run):
-    recipe = options.folder_of(smoke, train.Recipe)["recipe"]
-    assert schedules.left_of(Run(smoke, recipe, device="cpu")) == dict.fromkeys(train.STAGES, 0)
+    assert schedules.left_of(run_in(smoke)) == dict.fromkeys(train.STAGES, 0)
     assert all(share == 1 for share in schedules.left_of(run).values())
     run.expected = {"pretrain": 10, "search": 20, "finetune": 30}
     with table.stage(run, "pretrain", ["pretrain", "search", "finetune"]) as missing:
@@ -487,16 +402,12 @@ def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before
 
 # ---- torchrun
 
-needs_distributed = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-
-
 def one_of_two(rank, port, folder):
     """A process of a pair, as torchrun starts it; what the tests below look at."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
-    run.join()
-    parts = train_without_noise, draw, what_is_there, find_a_mistake
+    parts = train_tiny_without_noise, draw, what_is_there, find_a_mistake
     torch.save({part.__name__: part(run) for part in parts}, folder / f"rank-{rank}")
     run.barrier()
     dist.destroy_process_group()
@@ -504,7 +415,7 @@ def one_of_two(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
-    """{function's name: what function(run) returns}, of the first process and of the second."""
+    """A function: function -> what function(run) returns in the first process and in the second."""
     folder = tmp_path_factory.mktemp("two")
     folder.joinpath("search.jsonl").write_text(lines(0, 1, 2, 3))
     with socket.socket() as free:
@@ -516,20 +427,19 @@ def in_two_processes(tmp_path_factory):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    return [torch.load(folder / f"rank-{rank}", weights_only=True) for rank in (0, 1)]
+    told = [files.load(folder / f"rank-{rank}") for rank in (0, 1)]
+    return lambda function: [parts[function.__name__] for parts in told]
 
 
-def train_without_noise(run):
-    weights, losses = train_tiny(run, noise=0.0)
-    return weights
+def train_tiny_without_noise(run):
+    return train_tiny(run, noise=0.0)[0]
 
 
-@needs_distributed
 def test_two_processes_share_every_batch_and_train_as_one_does(run, in_two_processes):
     """Of a model without batch norms and dropout: to rounding. A parameter that nothing uses stays."""
-    a, b = (part["train_without_noise"] for part in in_two_processes)
+    a, b = in_two_processes(train_tiny_without_noise)
     assert torch.equal(a, b) and 1 in a
-    torch.testing.assert_close(a, train_without_noise(run))
+    torch.testing.assert_close(a, train_tiny_without_noise(run))
 
 
 def draw(run):
@@ -538,12 +448,11 @@ def draw(run):
         for batch, _ in epoch.batches(8, 4):
             draws.append((batch.tolist(), torch.rand(1, generator=epoch.rng).item(), torch.rand(1).item()))
             epoch.log(torch.zeros(()))
-    return draws, run.broadcast(run.rank + 7), [run.store.add(f"{k}", 1) for k in range(3)]
+    return draws, run.first(lambda: run.rank + 7), [run.store.add(f"{k}", 1) for k in range(3)]
 
 
-@needs_distributed
 def test_each_process_has_its_share_of_a_batch_and_its_own_augmentation(in_two_processes):
-    (first, seven, claims), (second, also_seven, other_claims) = (part["draw"] for part in in_two_processes)
+    (first, seven, claims), (second, also_seven, other_claims) = in_two_processes(draw)
     for epoch in (0, 2):
         shares = [batch for step in (epoch, epoch + 1) for batch in (first[step][0], second[step][0])]
         assert [len(share) for share in shares] == [2, 2, 2, 2] and sorted(sum(shares, [])) == list(range(8))
@@ -561,15 +470,14 @@ def what_is_there(run):
         run.folder = run.folder / "nowhere"
     names = [network.name for network in networks.networks(run)]
     stages = [table.done(run, stage) for stage in ("pretrain", "search", "finetune", "evaluate")]
-    return names, stages, run.finished("static"), run.finished("baseline")
+    return names, stages, list(run.log("search.jsonl")), run.finished("static"), run.finished("baseline")
 
 
-@needs_distributed
 def test_one_process_looks_at_the_folder_and_all_follow(in_two_processes):
     """Else one that looks later, at more files, does other work, and both wait forever."""
-    first, second = (part["what_is_there"] for part in in_two_processes)
-    assert first == second
-    assert first[0] == ["baseline", "cell-0", "cell-0-without-past"] and first[2:] == (True, False)
+    first, second = in_two_processes(what_is_there)
+    assert first == second and first[0] == ["baseline", "cell-0", "cell-0-without-past"]
+    assert first[2:] == ([0, 1, 2, 3], True, False)
 
 
 def find_a_mistake(run):
@@ -581,9 +489,8 @@ def find_a_mistake(run):
         return str(error)
 
 
-@needs_distributed
 def test_a_mistake_is_reported_by_one_process_and_ends_all(in_two_processes):
-    assert [part["find_a_mistake"] for part in in_two_processes] == ["a mistake", "2"]
+    assert in_two_processes(find_a_mistake) == ["a mistake", "2"]
 
 
 def worker(arguments, die_at):
@@ -616,23 +523,21 @@ def launch(out, arguments, die_at):
 
 
 def torchrun(folder, *arguments, die_at=0):
-    return run_forked(launch, folder, [*arguments_of(folder), *arguments], die_at)
+    """Ends as it should: with status 0, or, where a process dies, with another one."""
+    ended = run_forked(launch, folder, [*arguments_of(folder), *arguments], die_at)
+    assert (ended.status == 0) == (die_at == 0), ended.output
 
 
-@needs_distributed
 def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(smoke, tmp_path):
     """On the same static network. In a round the faster process takes more."""
     folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt")
-    died = torchrun(folder, "--stage", "search", die_at=2)        # in its first candidate
-    logged = [entry for name in LOGS for entry in files.read_log(folder / name)]
-    assert died.status != 0 and len(logged) < 8, died.output
-    done = torchrun(folder, "--stage", "search")
-    assert done.status == 0, done.output
-    for name in ("search.jsonl", "random.jsonl", "controller.pt"):
+    torchrun(folder, "--stage", "search", die_at=2)               # in its first candidate
+    assert sum(len(files.read_log(folder / name)) for name in LOGS) < 8
+    torchrun(folder, "--stage", "search")
+    for name in (*LOGS, "controller.pt"):
         assert same(outcome_of(folder / name), outcome_of(smoke / name)), name
 
 
-@needs_distributed
 def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, tmp_path):
     """Without a search: where every process asked the disk by itself whether there is work, one would be
     ahead of the other and both wait forever. One process writes the table: two that write a file at the
@@ -640,27 +545,22 @@ def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, t
     flags = "--cells", "0", "--cell", "concat", "--key-frames", "0"
     whole = copy_of(smoke, tmp_path / "whole", "nothing")
     folder = copy_of(smoke, tmp_path / "died", "nothing")
-    done = torchrun(whole, *flags)
-    assert done.status == 0 and (whole / "results.json").exists(), done.output
-    assert set((tmp_path / "whole" / "savers").read_text()) == {"0"}
-    died = torchrun(folder, *flags, die_at=14)        # the end of the baseline's second epoch; one is saved
-    assert died.status != 0 and len(files.load(folder / "baseline.pt")["optimizers"]) == 1, died.output
-    done = torchrun(folder, *flags, "--stage", "finetune")
-    assert done.status == 0, done.output
+    torchrun(whole, *flags)
+    assert (whole / "results.json").exists() and set((tmp_path / "whole" / "savers").read_text()) == {"0"}
+    torchrun(folder, *flags, die_at=14)               # the end of the baseline's second epoch; one is saved
+    assert len(files.load(folder / "baseline.pt")["optimizers"]) == 1
+    torchrun(folder, *flags, "--stage", "finetune")
     for name in ("static", "baseline", "cell-concat-alone", "cell-concat"):
         assert same(outcome_of(folder / f"{name}.pt"), outcome_of(whole / f"{name}.pt")), name
 
 
 @pytest.mark.slow
-@needs_distributed
 def test_workers_that_are_killed_10_times_in_all_trainings_stop_the_run_and_it_goes_on(smoke, tmp_path):
     whole = copy_of(smoke, tmp_path / "whole", "nothing")
     folder = copy_of(smoke, tmp_path / "died", "nothing")
-    done = torchrun(whole)
-    assert done.status == 0, done.output
+    torchrun(whole)
     for die_at in (2, 4, 3, 2, 4, 5, 6, 7, 9, 6):
-        died = torchrun(folder, die_at=die_at)
-        assert died.status != 0 and not (folder / "results.json").exists(), died.output
-    done = torchrun(folder)
-    assert done.status == 0, done.output
+        torchrun(folder, die_at=die_at)
+        assert not (folder / "results.json").exists()
+    torchrun(folder)
     assert_same(folder, whole)

@@ -92,7 +92,7 @@ def test_a_static_network_of_the_same_classes_is_taken_as_it_is(smoke, small, tm
     theirs = torch.load(smoke / "static.pt", weights_only=True)
     assert ours["history"] == [] and ours["static"].keys() == theirs["static"].keys()
     assert all(torch.equal(value, theirs["static"][key]) for key, value in ours["static"].items())
-    with pytest.raises(InputError, match="static.pt: was trained when --static had another content"):
+    with pytest.raises(InputError, match="static.pt: .*--static .* there"):
         torch.save({**theirs, "seed": 1}, tmp_path / "other.pt")
         train.main([*arguments_of(folder), "--stage", "pretrain", "--static", str(tmp_path / "other.pt"),
                     "--static-epochs", "0"])

@@ -223,4 +223,4 @@ def test_the_encoders_weights_fail_before_the_data_is_downloaded(public, tmp_pat
     public.mode, public.body = "good", BODY
     with pytest.raises(InputError, match=f"{by_hand}: is not what torch.save writes"):
         train.main(["--dataset", "camvid"])
-    assert by_hand.read_bytes() == BODY and weights.digest("imagenet") == SHA256[:8]
+    assert by_hand.read_bytes() == BODY
