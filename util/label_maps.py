@@ -12,59 +12,39 @@ IGNORE = 255
 NEAR = 16                                    # two colours whose channels differ by at most this are the same
 
 
-@contextlib.contextmanager
-def form(attribute, value, wanted):
-    """A context that reads a value: turns its errors into an InputError."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError):
-        raise InputError(f"{attribute}: is {brief(value)[:60]}; it must be {wanted}") from None
-
-
-def ids(table, name="IDS"):
+def ids(table):
     """The meaning of a label map's values -> (256,) array, the class of each value; -1: must not occur.
 
     table: a dict {value: class}, pairs (value, class), of which later ones count, or a list whose entry k is
-    the class of value k. Class 255 is ignored. Raises InputError."""
-    meaning = np.full(256, -1)
-    with form(name, table, "a dict {value: class}, pairs (value, class), or a list with a class for each "
-                           "value; values and classes are 0 to 255, and class 255 is ignored"):
-        given = np.array(list(table.items() if isinstance(table, dict) else table))
-        if given.ndim == 1:
-            given = np.stack([np.arange(len(given)), given], axis=1)
-        values, classes = given.T            # (N,) each
-        if given.dtype.kind not in "iu" or values.min() < 0 or classes.min() < -1 or classes.max() > IGNORE:
-            raise ValueError
-        meaning[values] = classes
+    the class of value k. Class 255 is ignored. Raises ValueError, TypeError or LookupError."""
+    given, meaning = np.array(list(table.items() if isinstance(table, dict) else table)), np.full(256, -1)
+    if given.ndim == 1:
+        given = np.stack([np.arange(len(given)), given], axis=1)
+    values, classes = given.T                # (N,) each
+    if given.dtype.kind not in "iu" or values.min() < 0 or classes.min() < -1 or classes.max() > IGNORE:
+        raise ValueError("values and classes must be 0 to 255")
+    meaning[values] = classes
     return meaning
-
-
-def in_order(table):
-    """A list, tuple or array as a list; {number: entry} in the order of its numbers, which count from 0."""
-    if isinstance(table, str):
-        raise TypeError
-    return [table[k] for k in range(len(table))]
 
 
 def normal_form(dataset, name):
     """Brings `classes`, `palette` and, if there is one, IDS of a dataset or its class to one form: a list of
     str, (C, 3) uint8, (256,). Raises InputError where that can't be done, or they don't agree."""
-    with form(f"{name}.classes", dataset.classes, "a list of different names, or {number: name} from 0"):
-        dataset.classes = list(map(str, in_order(dataset.classes)))
-        if not 0 < len(set(dataset.classes)) == len(dataset.classes):
-            raise ValueError
-    with form(f"{name}.palette", dataset.palette,
-              f"three numbers, 0 to 255 or 0 to 1, for each of the {len(dataset.classes)} classes"):
-        colours = np.array(in_order(dataset.palette), float)
-        if colours.shape != (len(dataset.classes), 3) or not 0 <= colours.min() <= colours.max() <= 255:
-            raise ValueError
-        dataset.palette = np.rint(colours * (255 if colours.max() <= 1 else 1)).astype(np.uint8)
-    if hasattr(dataset, "IDS"):
-        dataset.IDS = ids(dataset.IDS, f"{name}.IDS")
-        used = dataset.IDS[dataset.IDS != IGNORE].max()
-        if used >= len(dataset.classes):
-            raise InputError(f"{name}.IDS: gives classes up to {used}, `classes` names "
-                             f"{len(dataset.classes)}; make them agree")
+    try:
+        names = [str(dataset.classes[k]) for k in range(len(dataset.classes))]        # {number: name}, too
+        colours = np.array([dataset.palette[k] for k in range(len(dataset.palette))], float)        # (C, 3)
+        meaning = ids(getattr(dataset, "IDS", range(len(names))))
+        distinct, inside = len({*names}) == len(names), 0 <= colours.min() <= colours.max() <= 255
+        if not distinct or not inside or colours.shape != (len(names), 3):
+            raise ValueError("they do not agree")
+    except (TypeError, ValueError, LookupError) as error:
+        raise InputError(f"{name}: `classes` must be different names, `palette` three numbers for each, 0 to "
+                         "255 or 0 to 1, IDS {value: class}, pairs (value, class), or a list of a class for "
+                         f"each value ({brief(error)[:60]})") from None
+    if (used := meaning[meaning != IGNORE].max()) >= len(names):
+        raise InputError(f"{name}.IDS: gives classes up to {used}, but `classes` has {len(names)} names")
+    dataset.classes, dataset.IDS = names, meaning
+    dataset.palette = np.rint(colours * (255 if colours.max() <= 1 else 1)).astype(np.uint8)
 
 
 class Reader:
@@ -77,14 +57,14 @@ class Reader:
 
     def __init__(self, dataset):
         self.dataset, self.colours, self.turn = dataset, {}, True
-        looks = ((image, look(image), label) for clip in dataset.clips for image, label in clip if label)
-        for path, (size, turn), label in looks:
+        for image, label in (frame for clip in dataset.clips for frame in clip if frame.label):
+            size, turn = look(image)
             if turn > 1:
                 self.turn = look(label) != (size, 1)
-                if not self.turn:
-                    print(f"{pathlib.Path(path).parent}: metadata of images ask to turn them, but their "
-                          "label maps fit the images as stored, so none is turned")
                 break
+        if not self.turn:
+            print(f"{pathlib.Path(image).parent}: metadata of images ask to turn them, but their label maps "
+                  "fit the images as stored, so none is turned")
 
     def read(self, image_path, label_path=None):
         """-> (H, W, 3) uint8 image and (H, W) uint8 classes, all IGNORE without a label map.
@@ -94,14 +74,11 @@ class Reader:
         if label_path is None:
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
         values, colours = read_values(label_path, self.turn)
-        label = self.dataset.IDS[values]                                  # (H, W)
+        label, (H, W) = self.dataset.IDS[values], image.shape[:2]         # (H, W)
         if label.min() < 0:
-            raise InputError(f"{label_path}: label value {values[label < 0][0]} is no class number in IDS; "
-                             "is this the coloured map, not the map of class numbers?")
-        if label.shape != image.shape[:2]:
-            raise InputError(f"{label_path}: {label.shape[1]} x {label.shape[0]}, but its image "
-                             f"{pathlib.Path(image_path).name} is {image.shape[1]} x {image.shape[0]}; they "
-                             "must have the same size")
+            raise InputError(f"{label_path}: label value {values[label < 0][0]} is no class number in IDS")
+        if label.shape != (H, W):
+            raise InputError(f"{label_path}: {label.shape[1]} x {label.shape[0]}, but its image is {W} x {H}")
         self.check_colours(label_path, colours)
         return image, label.astype(np.uint8)
 
@@ -113,7 +90,7 @@ class Reader:
         its class's; if its class has several values, it must only be no other class's."""
         classes, palette = self.dataset.IDS, self.dataset.palette.astype(int)
         if all(colour == (value,) * 3 for value, colour in colours.items()):
-            colours = {}
+            return
         for value, colour in colours.items():
             k, (first, where) = classes[value], self.colours.setdefault(value, (colour, path))
             near = np.abs(palette - colour).max(axis=1) <= NEAR           # (C,)

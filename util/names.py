@@ -2,21 +2,22 @@
 what a clip is.
 
 A name consists of words of letters and digits. The frame's number is the last group of digits that is a word
-of its own, or that changes while all before it stays the same. Names of as many words have it in the same
-one. All before it is the clip's name:
+of its own, or that changes while all before it stays the same; 1.25 is one, too. Names of as many words have
+it in the same one. All before it is the clip's name:
 
     0016E5_07959      0006R0_f00930      ulm_000001_000019_leftImg8bit      12_1280x720      frame12_v2
            -----              -----                 ------                  --                    --
     c0_0000, c1_0000: 0 in two clips      a_8_e4f1, a_9_1234: 8 and 9, as only one last word is digits alone
 
 What follows the number may differ, as such a hash does. But where two frames of a clip have the same number,
-as 7_left and 7_right, it tells two clips apart. 1.0, 1.25, 1.5 are numbers. 1.8, 1.9, 1.10 are 8 to 10 of
-clip 1, as a decimal number doesn't end in 0, except where all have the same length."""
+as 7_left and 7_right, it tells two clips apart."""
 import collections
 import pathlib
 import re
 
 Name = collections.namedtuple("Name", "clip number rest")        # the text before the number and after it
+NUMBER = r"\d+\.\d+|\d+"
+WORD, LAST = re.compile(rf"(?:{NUMBER}|[^\W\d_])+"), re.compile(rf"(.*?)({NUMBER})\D*")
 
 
 def clips_of(paths):
@@ -26,30 +27,24 @@ def clips_of(paths):
     count = collections.Counter(name[:2] for name in names)
     doubled = {name.clip for name in names if name.number is not None and count[name[:2]] > 1}
     for name, path in zip(names, paths):
-        key = in_order(name.clip), name.number is None, in_order(name.rest if name.clip in doubled else "")
-        clips[key].append((name.number or 0, in_order(name.rest), path))
+        key = name.clip, name.number is None, name.rest if name.clip in doubled else ""
+        clips[key].append((name.number or 0, name.rest, path))
     return [[path for *_, path in sorted(clips[key])] for key in sorted(clips)]
 
 
 def read_names(paths):
     """Paths of images -> a Name for each. A name in which no number is found has number None and clip ""."""
     stems = [pathlib.Path(path).stem for path in paths]
-    fractions = [text for stem in stems for text in re.findall(r"\d\.(\d+)", stem)]
-    decimal = len(set(map(len, fractions))) == 1 or not any(re.search(".0$", text) for text in fractions)
-    number = r"\d+\.\d+|\d+" if decimal else r"\d+"
-    word, last = re.compile(rf"(?:{number}|[^\W\d_])+"), re.compile(rf"(.*?)({number})\D*")
-    alike = collections.defaultdict(list)    # number of words -> for each name the last digits of its words
-    for stem in stems:
-        words = [last.fullmatch(stem, *found.span()) for found in word.finditer(stem)]
+    alike, read = collections.defaultdict(list), {}
+    for stem in stems:                       # number of words -> for each name the last digits of its words
+        words = [LAST.fullmatch(stem, *found.span()) for found in WORD.finditer(stem)]
         if any(words):
             alike[len(words)].append(words)
-    read = {}
     for names in alike.values():
         columns = [column for column in zip(*names) if None not in column]
         for group in ([column for column in columns if is_number(column)] or columns or [()])[-1]:
             stem, (start, end) = group.string, group.span(2)
-            value = float(group[2]) if "." in group[2] else int(group[2])
-            read[stem] = Name(stem[:start], value, stem[end:])
+            read[stem] = Name(stem[:start], float(group[2]) if "." in group[2] else int(group[2]), stem[end:])
     return [read.get(stem, Name("", None, stem)) for stem in stems]
 
 
@@ -58,8 +53,3 @@ def is_number(column):
     texts = {(group.string[:group.start(2)], group[2]) for group in column}
     alone = all(group[0] == group[2] for group in column)
     return alone or len(texts) > len({before for before, _ in texts})
-
-
-def in_order(text):
-    """A sort key that puts clip2 before clip10."""
-    return tuple(int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", text)))

@@ -111,24 +111,20 @@ def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monk
 
 # ---- key frames
 
-def test_a_clip_and_what_follows_a_long_gap_begin_with_a_key_frame(smoke, small, tmp_path, capsys):
+@pytest.mark.parametrize("every", ["0", "2"])
+def test_a_clip_and_what_follows_a_long_gap_begin_with_a_key_frame(smoke, small, tmp_path, capsys, every):
     """So they get the labels that they get alone, at any distance of key frames."""
     names = [f"a_{k}.png" for k in (8, 9, 10, 40, 41, 42)] + ["b_1.png", "b_2.png"]
-    whole = folder_of(tmp_path / "whole", *names)
-    for every in ("0", "2"):
-        flags = "--network", "cell-0", "--key-frame-every", every
-        out = run_predict(smoke, whole, tmp_path / f"out{every}", *flags)
-        assert "3 clips" in (said := capsys.readouterr().out) and "a_8, a_40, b_1" in said
-        for part in (names[:3], names[3:6], names[6:]):
-            (frames := tmp_path / f"{part[0]}{every}").mkdir()
-            for name in part:
-                os.link(whole / name, frames / name)
-            alone = run_predict(smoke, frames, tmp_path / f"{frames.name}out", *flags)
-            assert "key frame" not in capsys.readouterr().out
-            for path in (alone / "labels").iterdir():
-                assert path.read_bytes() == (out / "labels" / path.name).read_bytes()
-    run_predict(smoke, whole, tmp_path / "static", "--network", "static")
-    assert "key frame" not in capsys.readouterr().out             # each of its frames is one
+    whole, flags = folder_of(tmp_path / "whole", *names), ("--network", "cell-0", "--key-frame-every", every)
+    out = run_predict(smoke, whole, tmp_path / "out", *flags)
+    assert "parts between long gaps: 3" in capsys.readouterr().out
+    for part in (names[:3], names[3:6], names[6:]):
+        (frames := tmp_path / part[0]).mkdir()
+        for name in part:
+            os.link(whole / name, frames / name)
+        alone = run_predict(smoke, frames, tmp_path / f"{part[0]}.out", *flags)
+        for path in (alone / "labels").iterdir():
+            assert path.read_bytes() == (out / "labels" / path.name).read_bytes()
 
 
 def test_a_gpu_works_in_float32(smoke, frames_folder, tmp_path, monkeypatch):
@@ -164,42 +160,34 @@ def test_a_phones_picture_is_one_image_and_upright(tmp_path):
         picture(0).save(tmp_path / f"a.{kind}", exif=exif)
     for kind in ("jpg", "png", "webp"):
         video = predict.open_video(tmp_path / f"a.{kind}")
-        assert video.names == ["a"] and video.size == (48, 64)
+        assert video.names == ["a"] and video.size == (64, 48)
         assert [image.shape for image in video.read()] == [(64, 48, 3)]
 
 
 @pytest.mark.parametrize("name, head, said", [
-    ("a.mp4", b"", r"a.mp4: is a video; .*ffmpeg -i .* frames/%06d.png"), ("a b.mov", b"", "a b.mov' frames"),
-    ("a", b"\0\0\0\x20ftypisom", "is a video"), ("a.bin", b"\x1aE\xdf\xa3", "is a video"),
-    ("a.x", b"RIFF1234AVI ", "is a video"), ("folder/a.mov", b"", "a.mov: is a video"),
-    ("a.HEIC", b"\0\0\0\x18ftypheic", "a.HEIC: is a HEIC photo"),
-    ("a.jpg", b"\0\0\0\x18ftypavif", "a.jpg: is an AVIF photo"),
-    ("folder/a.heic", b"\0\0\0\x18ftypheic", "a.heic: is a HEIC photo"),
-    ("empty/", b"", "holds no .png"), ("pipe", None, "pipe: is neither"),
-    ("n" * 300, None, "cannot be read .*--input"), ("no", None, "no: no such file")])
+    ("a b.mp4", b"", r"a video; .*ffmpeg -i '.*a b.mp4' frames/%06d.png"), ("a", b"0000ftypisom", "a video"),
+    ("a", b"\x1aE\xdf\xa3", "a video"), ("a", b"RIFF1234AVI ", "a video"), ("a.jpg", b"0000ftypavif", "AVIF"),
+    ("folder/a.HEIC", b"0000ftypheic", "a.HEIC: is a HEIC"), ("folder/a.mov", b"", "a.mov: is a video"),
+    ("folder/a.txt", b"", "holds no .png"), ("no", None, "no: cannot be read .*No such file")])
 def test_what_is_no_video_of_frames_is_named_with_what_to_do(tmp_path, name, head, said):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    if name == "empty/":
-        path.mkdir()
-    elif name == "pipe":
-        os.mkfifo(path)
-    elif head is not None:
+    if head is not None:
         path.write_bytes(head + bytes(100))
-    with pytest.raises(InputError, match=said) as told:
+    with pytest.raises(InputError, match=said):
         predict.open_video(path.parent if "folder" in name else path)
-    assert "make room" not in str(told.value) and "\n" not in str(told.value)
 
 
 def test_what_is_wrong_with_frames_is_said_at_once_before_the_work(smoke, frames_folder, tmp_path):
-    _, second, third, fourth = sorted(frames_folder.iterdir())
+    first, second, third, fourth = sorted(frames_folder.iterdir())
+    first.with_suffix(".heic").write_bytes(b"0000ftypheic")       # would be left out
     Image.open(second).save(second.with_suffix(".jpg"))           # would be written to the same file
     third.write_bytes(third.read_bytes()[:1000])
     Image.new("RGB", (48, 64)).save(fourth)
-    with pytest.raises(InputError, match="3 problems") as told:
+    with pytest.raises(InputError, match="4 problems") as told:
         run_predict(smoke, frames_folder, tmp_path / "out", "--network", "static")
-    for said in ("0001.png: would be .* 000_0001.jpg|0001.jpg: would be .* 000_0001.png",
-                 "000_0002.png: is not an image", "000_0003.png: 48 x 64, most others 64 x 48"):
+    for said in ("a HEIC or AVIF photo", r"0001.(png|jpg): has the name of 000_0001.(jpg|png)",
+                 "000_0002.png: cannot be read", "000_0003.png: 48 x 64, most others 64 x 48"):
         assert re.search(said, str(told.value))
     assert not (tmp_path / "out").exists()
 
@@ -214,8 +202,7 @@ def test_a_network_is_named_and_nothing_is_overwritten(smoke, frames_folder, tmp
     named = [*common, "new", "--run", str(smoke)]
     for arguments, said in (
             ([*common, "new"], "--run, --network: .*--network camvid"),
-            ([*common, "new", "--network", "camvid"], "networks/camvid.pt: no such file"),
-            ([*named, "--network", "NOSUCH"], "NOSUCH.pt: no such file; there are baseline, .*static"),
+            ([*named, "--network", "NOSUCH"], "NOSUCH.pt: no such file; .* has baseline, .*static"),
             ([*named, "--network", "controller"], "controller.pt: no such file"),
             ([*named, "--network", "cell-0", "--cell", "warp"], "--cell: .*--network"),
             ([*named, "--static-epochs", "77"], "--static-epochs 77: does nothing"),

@@ -1,5 +1,4 @@
-"""util/label_maps.py: what the values of a label map mean, in every form that is taken, and maps that say
-something else than the dataset does."""
+"""util/label_maps.py: the forms of tables that are taken, and label maps that say something else."""
 import types
 
 import numpy as np
@@ -37,40 +36,33 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_ids_are_taken_as_dict_pairs_or_table():
-    pairs, expected = [(0, 0), (1, 2), (2, 255)], [0, 2, 255] + [-1] * 253
-    for form in (dict(pairs), pairs, iter(pairs), [0, 2, 255], np.array([0, 2, 255], np.uint8),
-                 np.array(pairs), expected):
-        assert label_maps.ids(form).tolist() == expected
-    assert label_maps.ids([(3, 255), (3, 1)])[3] == 1                     # the later pair counts
-    for form in ({}, None, {0: "sky"}, [(0, 1, 2)], [(0, 1), (2,)], [(256, 0)], {-1: 0}, [0, 256], [0, -2],
-                 [0.5, 1.0]):
-        with pytest.raises(InputError, match="IDS: is .* must be"):
-            label_maps.ids(form)
+def brought(**given):
+    dataset = types.SimpleNamespace(**{"classes": ["sky", "road"], "palette": [[255, 0, 51], [0, 255, 0]],
+                                       "IDS": [0, 1], **given})
+    label_maps.normal_form(dataset, "Mine")
+    return [*map(type, dataset.classes)], dataset.classes, dataset.palette.tolist(), dataset.IDS.tolist()
 
 
-def test_classes_and_colours_are_taken_as_list_tuple_array_or_by_number():
-    names, colours = ["sky", "road"], [[255, 0, 51], [0, 255, 0]]
+@pytest.mark.parametrize("attribute, forms", [
+    ("classes", [("sky", "road"), np.array(["sky", "road"]), {1: "road", 0: "sky"}]),
+    ("palette", [((255, 0, 51), (0, 255, 0)), np.array([[1, 0, .2], [0, 1, 0]]),
+                 {1: (0, 255, 0), 0: (255, 0, 51)}]),
+    ("IDS", [{1: 1, 0: 0}, [(0, 5), (1, 1), (0, 0)], iter([(0, 0), (1, 1)]), np.eye(2, dtype=np.uint8)[:, 1],
+             [0, 1] + [-1] * 254])])
+def test_forms_that_are_taken(attribute, forms):
+    for form in forms:
+        assert brought(**{attribute: form}) == brought()                  # of IDS the later pair counts
+    assert brought()[0] == [str, str]                                     # a checkpoint has no numpy.str_
 
-    def brought(**given):
-        dataset = types.SimpleNamespace(**{"classes": names, "palette": colours, **given})
-        label_maps.normal_form(dataset, "Mine")
-        return dataset.classes, dataset.palette
 
-    for form in (tuple(names), np.array(names), {1: "road", 0: "sky"}):
-        taken, _ = brought(classes=form)
-        assert taken == names and {*map(type, taken)} == {str}            # a checkpoint has no numpy.str_
-    for form in (tuple(map(tuple, colours)), np.array(colours, np.uint8), np.array(colours) / 255,
-                 dict(enumerate(colours))):
-        _, array = brought(palette=form)
-        assert array.tolist() == colours and array.dtype == np.uint8
-    for form in ("sky", [], {1: "sky", 2: "road"}, None, ["sky", "sky"]):
-        with pytest.raises(InputError, match="Mine.classes: "):
-            brought(classes=form)
-    for form in (colours[:1], [(0, 0)] * 2, [(0, 0, 300)] * 2, [(0, 0, -1)] * 2, ["red", "blue"], None,
-                 [(np.nan, 0, 0)] * 2):
-        with pytest.raises(InputError, match="Mine.palette: .* each of the 2 classes"):
-            brought(palette=form)
+@pytest.mark.parametrize("attribute, forms", [
+    ("classes", ["sky", [], {1: "sky", 2: "road"}, None, ["sky", "sky"]]),
+    ("palette", [[(0, 0, 0)], [(0, 0)] * 2, [(0, 0, 300)] * 2, [(0, 0, -1)] * 2, ["red", "blue"], None]),
+    ("IDS", [{}, None, {0: "sky"}, [(0, 1, 2)], [(256, 0)], {-1: 0}, [0, 256], [0, -2], [0.5, 1.0], [0, 2]])])
+def test_forms_that_are_refused(attribute, forms):
+    for form in forms:
+        with pytest.raises(InputError, match=f"^Mine.*{attribute}"):
+            brought(**{attribute: form})
 
 
 @pytest.mark.parametrize("kind", ["grey", "its palette", "greys", "indexed, 2 bit"])
@@ -116,22 +108,15 @@ def test_a_label_map_of_another_kind_is_named_for_what_it_is(folder, mode, kind,
         Frames(Mine(folder, "train"))
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_few_bits_of_grey_are_named(tmp_path, bits):
+def test_few_bits_of_grey_are_named(folder):
     """Pillow reads their values spread over 0..255, so class 1 of 4 bits would be 17."""
-    save(tmp_path / "a.png", LABEL, np.resize(COLOURS, (2 ** bits, 3)), bits=bits)
-    content = bytearray((tmp_path / "a.png").read_bytes())
+    save(path := folder / "trainannot/a_1.png", LABEL, np.resize(COLOURS, (16, 3)), bits=4)
+    content = bytearray(path.read_bytes())
     content[25] = 0                          # grey, not indexed
     del content[content.index(b"PLTE") - 4:content.index(b"IDAT") - 4]
-    (tmp_path / "a.png").write_bytes(right_checksums(content))
-    with pytest.raises(InputError, match=f"a.png: .* {bits} bits"):
-        label_maps.read_values(tmp_path / "a.png")
-
-
-def turn(value):
-    exif = Image.Exif()
-    exif[0x0112] = value
-    return exif
+    path.write_bytes(right_checksums(content))
+    with pytest.raises(InputError, match="a_1.png: .* 4 bits"):
+        Frames(Mine(folder, "train"))
 
 
 @pytest.mark.parametrize("value", [3, 6])
@@ -139,12 +124,12 @@ def turn(value):
 def test_image_and_label_map_are_turned_both_or_not_at_all(folder, capsys, monkeypatch, value, upright):
     """Labels as stored: nothing is turned, and that is said. Labels with the same metadata, or without but of
     the turned image's size: the image is turned. A frame without a label, a_2, follows the others."""
-    stored = np.zeros((6, 8, 3), np.uint8)
-    stored[:2] = 250
+    stored, exif = np.zeros((6, 8, 3), np.uint8), Image.Exif()
+    stored[:2], exif[0x0112] = 250, value
     label = stored[..., 0] // 250
     for k in range(3):
-        save(folder / f"train/a_{k}.png", stored, exif=turn(value))
-        asks = {"exif": turn(value)} if upright and value == 3 else {}
+        save(folder / f"train/a_{k}.png", stored, exif=exif)
+        asks = {"exif": exif} if upright and value == 3 else {}
         save(folder / f"trainannot/a_{k}.png", np.rot90(label, -1) if upright and not asks else label, **asks)
     (folder / "trainannot/a_2.png").unlink()
     monkeypatch.setattr(Mine, "UNLABELLED", True)
