@@ -115,7 +115,7 @@ def open_network(path, command):
     saved = weights.read(path, "--network takes a network trained by this program")
     for name, value in command.given.items():
         there = (saved.get("recipe") or {}).get(name, value)
-        if json.dumps(there) != json.dumps(value) and name not in weights.FILES:      # tuples are lists there
+        if json.dumps(there) != json.dumps(value):                       # tuples are lists there
             raise InputError(f"{flag(name)} {value}: does nothing with --stage predict; {path} was made "
                              f"with {there}")
     video = VideoSegmenter.load(path)
