@@ -391,7 +391,7 @@ class DynamicCell(nn.Module):
         self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](width) for layer in self.genotype)
         self.output = self.genotype.output()
         self.out = conv_bn_relu(len(self.output) * width, width)
-        self.classifier = static.Classifier(num_classes)  # [ours] new_cell copies the static one into it
+        self.classifier = static.Classifier(num_classes)  # make_cell copies the static one into it
 
     def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
         """Maps of a batch at 1/32, 1/8, 1/8, 1/16, 1/32; arch2's have 320, 64, 32, 96 and 320 channels.
@@ -426,10 +426,13 @@ class DecoderCell(nn.Module):
 
 
 def make_cell(genotype, static, past=True):
-    """The cell for a static network: a genotype (anything that `Genotype` takes), or "decoder"."""
+    """The cell for a static network: a genotype (anything that `Genotype` takes), or "decoder". [ours] Its
+    classifier starts as a copy of the static network's."""
     if isinstance(genotype, str) and genotype == DECODER:
         return DecoderCell(static)
-    return DynamicCell(genotype, static.num_classes, past, static)
+    cell = DynamicCell(genotype, static.num_classes, past, static)
+    cell.classifier.load_state_dict(static.classifier.state_dict())
+    return cell
 
 
 # ---- Sect. 3.1, 4: the network over a video -------------------------------------------------------------

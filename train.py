@@ -4,7 +4,6 @@
     python train.py --dataset camvid --data DIR                      CamVid: the paper's recipe on a GPU
     python train.py --dataset camvid --data DIR --schedule short     the same steps, about two hours on a CPU
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
-    python train.py --help                                           every hyper-parameter and its section
 
 Read it from top to bottom beside the paper. The same command again continues where it stopped, to the same
 result. experiment/runs.py does that; a reader needs only these words of it:
@@ -22,6 +21,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
@@ -56,8 +56,7 @@ class Recipe:
     dataset: str = field("pretrain", "camvid", "camvid, cityscapes or synthetic")
     seed: int = field("pretrain", 0, "every random choice comes from it", least=0)
     encoder_weights: str = field("pretrain", "imagenet", "[ours]: imagenet (downloaded), a file, or none")
-    static: str = field("pretrain", "none", "[ours]: a static network's file to begin from, classifiers anew "
-                        "where the classes differ; with --static-epochs 0 it is taken as it is")
+    static: str = field("pretrain", "none", "[ours]: a static network's file to begin from")
     static_network: str = field("pretrain", "arch2", "Sect. 3.1: arch2; [ours]: arch2-quarter")
     static_epochs: int = field("pretrain", 2000, "Sect. 6: epochs of pre-training; 0: only with --static", 0)
     static_batch: int = field("pretrain", 32, "Sect. 6: images a batch", 2)
@@ -70,8 +69,7 @@ class Recipe:
     static_lr_decoder: float = field("pretrain", 1e-2, "Sect. 6: learning rate of the decoder")
     static_weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of pre-training", 0)
     static_rate: str = field("pretrain", "poly", "Sect. 6: poly; [ours]: cosine", choices=("poly", "cosine"))
-    static_average: float = field("pretrain", 0.0, "[18]: decay of a running mean of the weights, which is "
-                                  "what is kept; the paper's text: none", 0, below=1)
+    static_average: float = field("pretrain", 0.0, "[18]: decay of the weights' mean that is kept", 0, 1)
     momentum: float = field("pretrain", 0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD", 0, below=1)
     weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of every later training", 0)
     poly_power: float = field("pretrain", 0.9, "Sect. 6: rate * (1 - step / steps) ** P; P: [ours]", 0)
@@ -159,9 +157,9 @@ def cross_entropy(logits, labels, stride):
 
 
 def update(loss, optimizers, rate, world=1, norm=0.0):
-    """One step of every optimiser, its learning rates multiplied by `rate`.
-
-    world: number of processes that share the batch; norm: the gradients' highest one, a group each; 0: any"""
+    """One step of every optimiser, its learning rates times `rate`. Sect. 6: poly, (1 - step / steps) ** P,
+    [ours] in every training, Adam's too. world: number of processes that share the batch; norm: the highest
+    norm of a group's gradients; 0: any."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])           # the first call keeps it: rate is a factor
@@ -177,17 +175,6 @@ def update(loss, optimizers, rate, world=1, norm=0.0):
         optimizer.step()
 
 
-def poly(done, power):
-    """Sect. 6: (1 - step / steps) ** power. done: the share of the training that is behind us. [ours] It is
-    the rate of every training, Adam's too."""
-    return (1 - done) ** power
-
-
-def adam(cell, lr, weight_decay):
-    """The optimiser of a cell (Sect. 4.1, 4.2). fused: all of its parameters in one call."""
-    return torch.optim.Adam(cell.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-
-
 # ---- Sect. 6: the static network --------------------------------------------------------------------------
 
 def static_optimizers(model, r):
@@ -196,12 +183,12 @@ def static_optimizers(model, r):
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
               {"params": decoder, "lr": r.static_lr_decoder}]
+    decay = {"weight_decay": r.static_weight_decay}
     if r.static_optimizer == "adamw":
-        return [torch.optim.AdamW(groups, weight_decay=r.static_weight_decay)]
+        return [AdamW(groups, **decay)]
     if r.static_optimizer == "sgd-adam":
-        return [torch.optim.SGD(groups[:1], momentum=r.momentum, weight_decay=r.static_weight_decay),
-                torch.optim.Adam(groups[1:], weight_decay=r.static_weight_decay)]
-    return [torch.optim.SGD(groups, momentum=r.momentum, weight_decay=r.static_weight_decay)]
+        return [SGD(groups[:1], momentum=r.momentum, **decay), Adam(groups[1:], **decay)]
+    return [SGD(groups, momentum=r.momentum, **decay)]
 
 
 def pretrain(run):
@@ -214,11 +201,9 @@ def pretrain(run):
     if not run.path("static.pt").exists():                        # else it holds the encoder
         print(weights.begin(model, r, data.DATASETS[r.dataset].classes))
     model = run.to_device(model)
-    optimizers, parts, mean = static_optimizers(model, r), {"static": model}, None
-    if r.static_average:                                          # mean = d * mean + (1 - d) * weights
-        mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(r.static_average), use_buffers=True)
-        parts["average"] = mean
-
+    # What is kept is mean = d * mean + (1 - d) * weights; where d is 0, the weights.
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(r.static_average), use_buffers=True)
+    parts, optimizers = {"static": model, "average": mean}, static_optimizers(model, r)
     for epoch in run.epochs("static", r.static_epochs, parts, optimizers):
         model.train()
         for batch, done in epoch.batches(len(labelled), r.static_batch):
@@ -231,18 +216,17 @@ def pretrain(run):
                 pred, auxiliary = model.forward_auxiliary(images)     # arch2: (B, C, h/8, w/8), three such
             others = sum(cross_entropy(other, labels, r.loss_stride) for other in auxiliary)
             loss = cross_entropy(pred, labels, r.loss_stride) + r.auxiliary_weight * others
-            rate = poly(done, r.poly_power)
+            rate = (1 - done) ** r.poly_power
             if r.static_rate == "cosine":                         # [ours] after 50 steps of warm-up
                 rate = min(1, (epoch.step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
             update(loss, optimizers, rate, run.world, r.gradient_norm)
-            if mean:
-                mean.update_parameters(model)
+            mean.update_parameters(model)
             epoch.log(loss)
-        if mean and epoch.last:
+        if epoch.last:
             model.load_state_dict(mean.module.state_dict())
         if epoch.due(r.validate_every):
-            video = VideoSegmenter(mean.module if mean else model, None, pad=r.input_pad)
-            epoch.note(val_miou=evaluate_video(run, video, "val")["miou"])
+            video = VideoSegmenter(mean.module, None, pad=r.input_pad)
+            epoch.note(val_miou=evaluate_video(run, "static", video, "val")["miou"])
 
 
 # ---- Sect. 4.1: "we pre-compute all required outputs from the pre-trained static network" -----------------
@@ -250,110 +234,81 @@ def pretrain(run):
 @torch.no_grad()
 def static_outputs(run, static, windows, transformed=True):
     """The frozen static network's outputs for the frames of `windows`, (N, T) frame numbers, and the frames'
-    labels: so a cell's training never runs the encoder.
-
-    transformed=False: the frames as they are, for meta-val ("No transformations are applied to the validation
-    sequences")."""
-    r, frames, numbers = run.recipe, run.frames("train"), windows.unique()        # (n,)
-    cache = FeatureCache(numbers, len(frames.list), crop=r.input_crop if transformed else None)
-    progress, done = Progress("static outputs", len(numbers)), 0
-    for part in numbers.split(8):
-        images, labels = frames[part]                             # (N, H, W, 3), (N, H, W)
-        images = data.normalise(images)                           # (N, 3, H, W)
+    labels, in a FeatureCache: so a cell's training never runs the encoder. transformed=False: the frames as
+    they are, for meta-val ("No transformations are applied to the validation sequences")."""
+    r, frames, numbers, maps = run.recipe, run.frames("train"), windows.unique(), {}      # (n,)
+    progress = Progress("static outputs", len(numbers))
+    for first in range(0, len(numbers), 8):
+        images, labels = frames[numbers[first:first + 8]]         # (N, H, W, 3), (N, H, W)
+        images, last = data.normalise(images), first + len(images)        # (N, 3, H, W)
         if transformed:                                           # CityScapes is resized, CamVid is padded
             images, labels = data.resize_longer_side(images, labels, r.input_longer_side)
             images, labels = data.pad(images, labels, r.input_pad)
         with run.autocast():
-            features = static.encode(images.contiguous(memory_format=torch.channels_last))
-            dec, _ = static.decode(features)
-        layer1, layer2, layer3, layer4 = features
-        more = {"layer1": layer1} if static.classifier.needs_layer1 else {}
-        cache.put(part, layer2=layer2, layer3=layer3, layer4=layer4, dec=dec, labels=labels, **more)
-        progress.update(done := done + len(part))
-    return cache
+            layers = static.encode(images.contiguous(memory_format=torch.channels_last))
+            dec, _ = static.decode(layers)
+        for name, x in zip(FeatureCache.STRIDE, (*layers, dec, labels)):
+            if name == "layer1" and not static.classifier.needs_layer1:
+                continue
+            if not first:                                         # all memory at once: no map is there twice
+                kind = torch.half if x.is_floating_point() else x.dtype
+                maps[name] = x.new_empty(len(numbers), *x.shape[1:], dtype=kind)
+            maps[name][first:last] = x
+        progress.update(last)
+    return FeatureCache(numbers, maps, crop=r.input_crop if transformed else None)
 
 
 class FeatureCache:
-    """The maps of some frames in memory, features in half precision. numbers (n,): the frames; highest: how
-    many frames there are; crop: side of the square to which a sequence is cropped at random; None: it is not.
+    """The maps of some frames. numbers (n,): the frames, ascending; maps: features (n, C, h, w) in half
+    precision and labels (n, H, W) uint8; crop: side of the square to which a sequence is cropped at random.
 
     [ours] Whole frames are stored, and their features cropped in steps of 32 pixels (layer4's stride): so a
     crop's features have seen what lies around it."""
 
     STRIDE = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32, "dec": 8, "labels": 1}
 
-    def __init__(self, numbers, highest, crop):
-        self.numbers, self.crop, self.maps = numbers, crop, {}
-        self.row = torch.full((highest,), -1)                     # frame number -> row of the maps
-        self.row[numbers] = torch.arange(len(numbers))
-
-    def put(self, numbers, **maps):
-        """Stores the maps of neighbours in self.numbers: features (N, C, h, w), labels (N, H, W) uint8. All
-        memory is allocated at the first call, so nothing is ever there twice."""
-        rows = self.row[numbers]
-        for name, x in maps.items():
-            if name not in self.maps:
-                shape, label = (len(self.numbers), *x.shape[1:]), name == "labels"
-                self.maps[name] = torch.empty(
-                    shape, dtype=x.dtype if label else torch.half, device=x.device,
-                    memory_format=torch.contiguous_format if label else torch.channels_last)
-            self.maps[name][rows[0]:rows[-1] + 1] = x
+    def __init__(self, numbers, maps, crop=None):
+        self.numbers, self.maps, self.crop = numbers, maps, crop
 
     def pick(self, window, rng=None):
-        """window (B, T) -> a batch of sequences: a function (name, t) -> that map of frame t, (B, C, h, w);
-        "labels": (B, H, W). Larger frames are cropped, each sequence at a place of its own."""
-        rows = self.row[window].to(self.maps["labels"].device)    # (B, T)
-        if rows.min() < 0:
-            raise ValueError("a frame of these sequences is not stored")
-        places = {}                                               # axis -> (B,) offsets in steps of 32 pixels
-        for axis, side in zip((-2, -1), self.maps["labels"].shape[-2:]):
+        """window (B, T) -> yields T frames, each {name: map (B, C, h, w), "labels": (B, H, W)}. Larger frames
+        are cropped, each sequence at a place of its own."""
+        labels, places = self.maps["labels"], {}                  # axis -> (B,) offsets in steps of 32 pixels
+        for axis, side in zip((-2, -1), labels.shape[-2:]):
             if self.crop and side > self.crop:
                 steps = (side - self.crop) // 32
                 places[axis] = torch.randint(steps + 1, (len(window),), generator=rng).tolist()
-
-        def sequences(name, t):
-            if name not in self.maps:                             # layer1
-                return None
-            x, stride = self.maps[name][rows[:, t]], self.STRIDE[name]
-            if name != "labels":
-                x = x.float()                                     # bf16's autocast can't stack half precision
-            for axis, offsets in places.items():
-                step, size = 32 // stride, math.ceil(self.crop / stride)
-                x = torch.stack([one.narrow(axis, step * k, size) for one, k in zip(x, offsets)])
-            return x if name == "labels" else x.contiguous(memory_format=torch.channels_last)
-
-        return sequences
+        for rows in torch.searchsorted(self.numbers, window).T.to(labels.device):         # (B,)
+            frame = {}
+            for name, x in self.maps.items():
+                x = x[rows] if name == "labels" else x[rows].float()      # autocast can't stack half floats
+                for axis, offsets in places.items():
+                    step, size = 32 // self.STRIDE[name], math.ceil(self.crop / self.STRIDE[name])
+                    x = torch.stack([one.narrow(axis, step * k, size) for one, k in zip(x, offsets)])
+                frame[name] = x if name == "labels" else x.contiguous(memory_format=torch.channels_last)
+            yield frame
 
 
-def unroll(cell, sequences, length):
+def unroll(run, cell, frames):
     """The recurrence of Sect. 3.1: dec_0 of the static network, then, frame by frame,
     dec_t, pred_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).
-    -> length - 1 logits (B, C, h, w). layer1 is there only where the classifier takes it."""
-    layer4, dec, logits = sequences("layer4", 0), sequences("dec", 0), []
-    for t in range(1, length):
-        layer4_prev, layer4 = layer4, sequences("layer4", t)
-        dec, pred = cell(layer4_prev, dec, sequences("layer2", t), sequences("layer3", t), layer4,
-                         sequences("layer1", t))
-        logits.append(pred)
-    return logits
-
-
-def cell_loss(run, cell, sequences):
-    """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
+    -> [(pred (B, C, h, w), labels (B, H, W))] of every frame after the first. layer1 is there only where the
+    classifier takes it."""
+    before, results = next(frames), []
+    dec = before["dec"]                                           # (B, 64, H/8, W/8)
     with run.autocast():
-        logits = unroll(cell, sequences, run.recipe.sequence_length)
-    loss = 0
-    for t, pred in enumerate(logits, start=1):
-        loss = loss + cross_entropy(pred, sequences("labels", t), run.recipe.loss_stride)
-    return loss
+        for frame in frames:
+            dec, pred = cell(before["layer4"], dec, frame["layer2"], frame["layer3"], frame["layer4"],
+                             frame.get("layer1"))
+            results.append((pred, frame["labels"]))
+            before = frame
+    return results
 
 
-def new_cell(run, static, genotype, rng, past=True):
-    """[ours] Its classifier starts as a copy of the static network's."""
-    torch.manual_seed(rng.initial_seed())
-    cell = make_cell(genotype, static, past)
-    cell.classifier.load_state_dict(static.classifier.state_dict())
-    return run.to_device(cell)
+def cell_loss(run, cell, frames):
+    """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
+    stride, results = run.recipe.loss_stride, unroll(run, cell, frames)
+    return sum(cross_entropy(pred, labels, stride) for pred, labels in results)
 
 
 # ---- Sect. 3.3, 4.1: the search ---------------------------------------------------------------------------
@@ -366,11 +321,7 @@ def score(run, cell, stored, windows):
     confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory
     for window in windows.split(at_once):
-        sequences = stored.pick(window)
-        with run.autocast():
-            logits = unroll(cell, sequences, run.recipe.sequence_length)
-        for t, pred in enumerate(logits, start=1):
-            labels = sequences("labels", t)                       # (B, H, W)
+        for pred, labels in unroll(run, cell, stored.pick(window)):
             pred = resize(pred.float(), labels.shape[-2:])        # (B, C, H, W)
             confusion.update(pred.argmax(1), labels)
     cell.train()
@@ -381,12 +332,13 @@ def score(run, cell, stored, windows):
 def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry):
     """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log.
 
-    meta_train, meta_val: stored outputs and windows (N, T). A candidate that is stopped half way (Sect.
-    4.1) has its half-way score as its reward."""
+    meta_train, meta_val: stored outputs and windows (N, T). Sect. 4.1: one that is stopped half way has its
+    half-way score as its reward."""
     r, (stored, windows) = run.recipe, meta_train
-    cell = new_cell(run, static, genotype, generator(r.seed, "cell", k))
+    torch.manual_seed(generator(r.seed, "cell", k).initial_seed())
+    cell = run.to_device(make_cell(genotype, static))
     entry["parameters"] = parameters(cell)
-    optimizer = adam(cell, r.cell_lr, r.weight_decay)
+    optimizer = Adam(cell.parameters(), r.cell_lr, weight_decay=r.weight_decay, fused=True)
     rng, steps, losses = generator(r.seed, "crop", k), [], []
     for epoch in range(r.search_epochs):
         steps += batches(len(windows), r.search_batch, generator(r.seed, "candidate", k, epoch))
@@ -400,7 +352,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
                 entry.update(scores, stopped=True)
                 return
         loss = cell_loss(run, cell, stored.pick(windows[batch], rng))
-        update(loss, [optimizer], poly(step / len(steps), r.poly_power))
+        update(loss, [optimizer], (1 - step / len(steps)) ** r.poly_power)
         losses.append(loss.detach())
     check_finite(losses, "at the end")
     entry.update(score(run, cell, *meta_val))
@@ -425,20 +377,17 @@ def explore(run, strategy, log, static, meta_train, meta_val):
     The log decides. A search that was killed goes through this loop from candidate 0 again: the same
     draws, the logged rewards, so the same updates. Only what the log lacks is trained. torchrun's processes
     share the candidates of a round, and all make the same update."""
-    r = run.recipe
+    r, n = run.recipe, run.recipe.controller_rollout
     torch.manual_seed(generator(r.seed, "controller").initial_seed())
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
               r.controller_epochs, r.controller_entropy, replay=r.controller_replay, seed=r.seed)
     early_stop, figures = EarlyStop(r.early_stop_rule, decay=0.9), {}       # decay: [ours], of "average"
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
-    for first in range(0, r.search_candidates, r.controller_rollout):
+    for first in range(0, r.search_candidates, n):
         rng = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
-        if strategy == "ppo":
-            tokens, _ = controller.sample(r.controller_rollout, rng)      # (n, 5L)
-        else:
-            tokens = controller.random(r.controller_rollout, rng)
-        numbers = range(first, min(first + r.controller_rollout, r.search_candidates))
+        tokens = controller.sample(n, rng)[0] if strategy == "ppo" else controller.random(n, rng)    # (n, 5L)
+        numbers = range(first, min(first + n, r.search_candidates))
         tokens = log.tokens(numbers, tokens)                      # the log's, where it has them
         for k, row in zip(numbers, tokens):
             if log.claim(k):                                      # not logged, nor claimed by another process
@@ -451,7 +400,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
         for k in numbers:                                         # [ours]: the early stop moves once a round
             if log[k]["half_reward"] is not None:
                 early_stop.move(log[k]["half_reward"])
-        if strategy == "ppo" and len(numbers) == r.controller_rollout:    # else it waits for more
+        if strategy == "ppo" and len(numbers) == n:                # else it waits for more
             log_prob = controller.log_prob(tokens)[0].detach()    # (n,) of the controller that sampled them
             reward = torch.tensor([log[k]["reward"] for k in numbers])
             failed = torch.tensor([log[k]["status"] != "ok" for k in numbers])
@@ -467,32 +416,33 @@ def finetune(run):
     """Sect. 4.2: the two best cells and the controls (experiment/networks.py), first each cell alone, then
     all end to end. The baseline has no cell."""
     missing = [network for network in networks.networks(run) if not run.finished(network.name)]
-    alone = [network for network in missing if network.genotype and not run.finished(f"{network.name}-alone")]
-    if alone:
-        static = run.load("static").static
-        windows = run.frames("train").windows(run.recipe.sequence_length)         # (N, T)
-        stored = static_outputs(run, static, windows)
-        for network in alone:
-            finetune_cell(run, network, static, stored, windows)
-        del stored                                                # end to end needs the memory
-    for network in missing:
+    finetune_cells(run, [network for network in missing
+                         if network.genotype and not run.finished(f"{network.name}-alone")])
+    for network in missing:                                       # no stored output is in memory any more
         finetune_end_to_end(run, network)
 
 
-def finetune_cell(run, network, static, stored, windows):
+def finetune_cells(run, chosen):
     """Sect. 4.2: first the cell alone, by Adam, on the frozen static network's stored outputs.
 
     [ours] So there is no augmentation, and on CityScapes the images are the search's."""
-    r = run.recipe
-    print(f"{network.name}: {network.genotype}")
-    cell = new_cell(run, static, network.genotype, generator(r.seed, network.name), network.past)
-    optimizer = adam(cell, r.cell_lr, r.weight_decay)
-    for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
-        cell.train()
-        for batch, done in epoch.batches(len(windows), r.cell_batch):
-            loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
-            update(loss, [optimizer], poly(done, r.poly_power), run.world)
-            epoch.log(loss)
+    if not chosen:
+        return
+    r, static = run.recipe, run.load("static").static
+    windows = run.frames("train").windows(r.sequence_length)      # (N, T)
+    stored = static_outputs(run, static, windows)
+    for network in chosen:
+        name = network.name
+        print(f"{name}: {network.genotype}")
+        torch.manual_seed(generator(r.seed, name).initial_seed())
+        cell = run.to_device(make_cell(network.genotype, static, network.past))
+        optimizer = Adam(cell.parameters(), r.cell_lr, weight_decay=r.weight_decay, fused=True)
+        for epoch in run.epochs(f"{name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
+            cell.train()
+            for batch, done in epoch.batches(len(windows), r.cell_batch):
+                loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
+                update(loss, [optimizer], (1 - done) ** r.poly_power, run.world)
+                epoch.log(loss)
 
 
 def finetune_end_to_end(run, network):
@@ -505,37 +455,34 @@ def finetune_end_to_end(run, network):
     r, frames = run.recipe, run.frames("train")
     windows = frames.windows(r.sequence_length)                   # (N, T)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
-    parts = {"static": video.static}
-    optimizers = [torch.optim.SGD(video.static.parameters(), lr=r.end_lr_static, momentum=r.momentum,
-                                  weight_decay=r.weight_decay)]
+    optimizers = [SGD(video.static.parameters(), r.end_lr_static, r.momentum, weight_decay=r.weight_decay)]
     if video.cell is not None:
-        parts["cell"] = video.cell
-        optimizers.append(adam(video.cell, r.end_lr_cell, r.weight_decay))
+        cell = video.cell.parameters()
+        optimizers.append(Adam(cell, r.end_lr_cell, weight_decay=r.weight_decay, fused=True))
+    parts = dict(video.named_children())                          # static, and cell where there is one
     for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers):
         video.train()
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             images, labels = frames[windows[batch]]               # (B, T, H, W, 3), (B, T, H, W)
             images, labels = data.augment(images, labels, r.end_crop, r.end_scale, r.end_mirrored, epoch.rng)
-            labelled = bool((labels[:, 0] != data.IGNORE).any())
             with run.autocast():
-                logits = video(images)                            # (B, T, 3, h, w) -> (B, T, C, h/8, w/8)
-                static = None if labelled or video.cell is None else video.static(images[:, -1])
-            loss = 0 if static is None else cross_entropy(static, labels[:, -1], r.loss_stride)
-            for t in range(r.sequence_length):
-                loss = loss + cross_entropy(logits[:, t], labels[:, t], r.loss_stride)
-            update(loss, optimizers, poly(done, r.poly_power), run.world)
+                logits = list(video(images).unbind(dim=1))        # (B, T, 3, h, w) -> T of (B, C, h/8, w/8)
+                if video.cell is not None and (labels[:, 0] == data.IGNORE).all():
+                    logits[0], labels[:, 0] = video.static(images[:, -1]), labels[:, -1]
+            loss = sum(cross_entropy(pred, labels[:, t], r.loss_stride) for t, pred in enumerate(logits))
+            update(loss, optimizers, (1 - done) ** r.poly_power, run.world)
             epoch.log(loss)
 
 
 # ---- evaluation: every frame of every clip, in time order -------------------------------------------------
 
-def segment_clips(run, video, split, key_frame_every=0):
+def segment_clips(run, name, video, split, key_frame_every=0):
     """Yields (frame number, label map (H, W), label (H, W)) of every frame of a split, in float32. The static
     network on key frames: the first of a clip, the first after a long gap, and every key_frame_every-th (0:
     no other). The cell on the rest."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
-    progress = Progress(f"frames of {split}", len(frames.list))
+    progress = Progress(f"{name} on {split}", len(frames.list))
     for clip in frames.clips():
         gap_before, since = [True, *data.long_gaps([frames.list[k] for k in clip])], 0
         for k, gap in zip(clip, gap_before):
@@ -551,11 +498,11 @@ def segment_clips(run, video, split, key_frame_every=0):
             progress.update(k + 1)
 
 
-def evaluate_video(run, video, split, key_frame_every=0):
+def evaluate_video(run, name, video, split, key_frame_every=0):
     """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
     confusion, steady, recent = Confusion(run.num_classes), Consistency(3), []
     windows = run.frames(split).windows(3).tolist()
-    for k, pred, label in segment_clips(run, video, split, key_frame_every):
+    for k, pred, label in segment_clips(run, name, video, split, key_frame_every):
         confusion.update(pred, label)
         recent = [*recent, (k, pred, label)][-3:]
         numbers, preds, labels = zip(*recent)
@@ -574,7 +521,8 @@ def evaluate(run):
         video = run.load(network.name)
         costs = table.frame_costs(run, video)
         for every in intervals:
-            scores = {split: evaluate_video(run, video, split, every) for split in run.splits[1:]}
+            scores = {split: evaluate_video(run, network.name, video, split, every)
+                      for split in run.splits[1:]}
             rows.add(network, every, costs, scores)
     rows.finish(segment_clips)
 

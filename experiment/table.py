@@ -192,7 +192,7 @@ class Table:
         cells = [row for row in self.rows if row["genotype"] and row["key_frame_every"] == first]
         cells = [row for row in cells if not row["control"]] or cells
         best = max(cells, key=lambda row: row["val"]["miou"] or 0)["name"]
-        both = [segment_clips(run, run.load(name), split, every)
+        both = [segment_clips(run, name, run.load(name), split, every)
                 for name, every in (("baseline", 1), (best, first))]
         save(run.path("examples.pt"), differing_frames(run.frames(split), *both, best))
         save(self.path, {"recipe": self.recipe, "rows": self.rows, "best": best, "reported": split})
@@ -228,7 +228,8 @@ def evaluate_network(run, path, evaluate_video, enlarge=0):
     with told("evaluate", run.device):
         network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
         for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:
-            scores = {split: evaluate_video(run, video, split, every) for split in run.splits[1:]}
+            scores = {split: evaluate_video(run, path.stem, video, split, every)
+                      for split in run.splits[1:]}
             rows.append(new_row(run, network, every, costs, scores))
     print_table({"rows": rows, "reported": run.splits[-1]})
 

@@ -53,7 +53,7 @@ def test_the_labels_are_those_that_evaluate_scores(smoke, frames_folder, tmp_pat
     sure = run_predict(smoke, frames_folder, tmp_path / "sure", *flags, "--save-confidence")
     run = runs.Run(smoke, options.folder_of(smoke, train.Recipe)["recipe"], device="cpu")
     network = run.load("cell-0")
-    preds = [pred for _, pred, _ in train.segment_clips(run, network, "test", every)][:4]
+    preds = [pred for _, pred, _ in train.segment_clips(run, "x", network, "test", every)][:4]
     written = sorted((out / "labels").iterdir())
     assert len(written) == 4 and len(torch.stack(preds).unique()) > 1
     for path, pred in zip(written, preds):

@@ -66,7 +66,7 @@ def train_tiny(run, stop_at=None, noise=1.0):
             x = torch.nn.functional.dropout(xs[batch], 0.2 * noise)       # by torch's own generator
             x = x + noise * torch.randn(x.shape, generator=epoch.rng)     # and by the epoch's
             loss = ((model(x) - ys[batch]) ** 2).mean()
-            train.update(loss, optimizers, train.poly(done, 0.9), run.world)
+            train.update(loss, optimizers, (1 - done) ** 0.9, run.world)
             epoch.log(loss)
     losses = [entry["loss"] for entry in run.checkpoint("tiny")["history"]]
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses

@@ -174,7 +174,7 @@ def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, monkeypatch, capsy
     that is printed last can be pasted."""
     folder, scored = copy_of(smoke, tmp_path).rename(tmp_path / "it's my run"), []
     before, evaluate_video = results_of(smoke), train.evaluate_video
-    monkeypatch.setattr(train, "evaluate_video", lambda *a: scored.append(a[2:]) or evaluate_video(*a))
+    monkeypatch.setattr(train, "evaluate_video", lambda *a: scored.append(a[3:]) or evaluate_video(*a))
     kept = {"recipe": before["recipe"], "rows": before["rows"][:rows], **recipe}
     (folder / "results.json").write_text(json.dumps(kept))
     train.main([*arguments_of(folder), "--stage", "evaluate"])
