@@ -28,6 +28,7 @@ from util.costs import milliseconds_in_turn, multiply_adds, parameters, usable_d
 from util.errors import InputError, brief, run_main
 from util.fold import fold_batchnorm
 
+WIDTH = 64                     # channels of arch2's dec
 
 # ---- Sect. 3.1: the encoder, MobileNet-v2 [Sandler et al. 2018] -----------------------------------------
 
@@ -107,9 +108,6 @@ class StaticNetwork(nn.Module):
 
     def forward_auxiliary(self, image):       # -> pred, list of auxiliary predictions of pred's size
         return self(image), []
-
-
-WIDTH = 64                         # channels of dec
 
 
 class ContextualCell(nn.Module):
@@ -240,14 +238,12 @@ Layer = collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")
 
 
 class Genotype(tuple):
-    """The structure of a cell: a checked tuple of `Layer`. It is made from
+    """The structure of a cell: a checked tuple of `Layer`. Raises ValueError unless it is made from
 
     - layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or dicts with Layer's keys. Locations,
       operations and aggregations are given by name or by number;
     - 5L tokens, as the controller samples them: a list, tuple, tensor or array of whole numbers;
-    - text: as str(genotype) prints it, or JSON of layers or of tokens.
-
-    Raises ValueError for anything else."""
+    - text: as str(genotype) prints it, or JSON of layers or of tokens."""
 
     def __new__(cls, cell):
         if isinstance(cell, str):
@@ -382,8 +378,7 @@ class DynamicCell(nn.Module):
     def __init__(self, genotype, num_classes, past=True, static=Arch2):
         super().__init__()
         self.genotype, self.past, width = Genotype(genotype), past, static.width
-        _, layer2, layer3, layer4 = static.channels
-        channels = layer4, width, layer2, layer3, layer4              # of INPUTS
+        channels = static.channels[3], width, *static.channels[1:]    # of INPUTS
         adapted = [k for k in self.genotype.inputs() if channels[k] != width]
         self.adapt = nn.ModuleDict({INPUTS[k]: conv_bn_relu(channels[k], width) for k in adapted})
         self.op1 = nn.ModuleList(OPERATIONS[layer.op1](width) for layer in self.genotype)
@@ -498,8 +493,8 @@ class VideoSegmenter(nn.Module):
     def forward(self, frames):
         """frames (B, T, 3, H, W), normalised; the first is a key frame -> logits (B, T, C, h, w)."""
         B, T = frames.shape[:2]
-        features = self.static.encode(frames.flatten(0, 1))  # all frames at once: (B*T, C, h, w)
-        features = [x.unflatten(0, (B, T)) for x in features]
+        features = self.static.encode(frames.flatten(0, 1))           # of all frames at once: (B*T, C, h, w)
+        features = [x.unflatten(0, (B, T)) for x in features]         # (B, T, C, h, w)
         logits, state = [], None
         for t in range(T):
             pred, state = self.decode([x[:, t] for x in features], state)
@@ -521,11 +516,10 @@ class VideoSegmenter(nn.Module):
     def prepare(self, image):
         """(H, W, 3) uint8 -> what `segment` gives to `step`, (1, 3, H', W'): normalised, enlarged to (h, w),
         padded; and (h, w)."""
-        H, W, _ = image.shape
         like = next(self.static.parameters())             # has the device and the dtype
         x = normalise(image[None].to(like.device))                    # (1, 3, H, W)
-        scale = max(1, self.enlarge / max(H, W))
-        h, w = round(scale * H), round(scale * W)
+        scale = max(1, self.enlarge / max(image.shape[:2]))
+        h, w = (round(scale * side) for side in image.shape[:2])
         if scale > 1:
             x = F.interpolate(x, (h, w), mode="bicubic", align_corners=False)     # (1, 3, h, w)
         x, _ = pad(x, torch.zeros(1, h, w), self.pad)                 # (1, 3, H', W')
