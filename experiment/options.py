@@ -230,7 +230,7 @@ def check_folder(run):
             run.checkpoint(path.stem)
     for name, _, _ in SEARCHES.values():     # a log has no recipe of its own
         if run.path(name).exists() and run.path("recipe.json").exists():
-            check_recipe(run.path(name), load(run.path("recipe.json"))["recipe"], run.recipe, "search")
+            check_recipe(run.path(name), load(run.path("recipe.json"))["recipe"], run.recipe)
     named(run)                               # does --cell give a name that another cell has?
 
 
@@ -255,7 +255,7 @@ def open_run(command, recipe_for):
             print(f"search: a round has {run.recipe.controller_rollout} candidates for {run.world} "
                   f"processes, so some wait; --controller-rollout {run.world} gives one to each")
         yield run
-    if run.world > 1:
+    if run.store:
         dist.destroy_process_group()
 
 

@@ -49,30 +49,28 @@ def fields_of(recipe, stage):
     return [field.name for field in dataclasses.fields(recipe) if field.metadata["stage"] in before]
 
 
-def stage_of(name):
-    """The stage of the last fields that the file of this name (without its ending) depends on."""
+def stage_of(path):
+    """The stage of the last fields that a file of a run's folder depends on."""
     stages = {"static": "pretrain", "controller": "search", "search": "search", "random": "search"}
-    return "alone" if name.endswith("-alone") else stages.get(name, "end")
+    return "alone" if path.stem.endswith("-alone") else stages.get(path.stem, "end")
 
 
-def check_recipe(path, saved, recipe, stage):
-    """Raises InputError unless the file `path`, made with the recipe `saved` (a dict), can be used with the
-    present recipe in this stage. It names the fields, both values, and the command that copies what stays
-    valid into a new folder."""
+def check_recipe(path, saved, recipe):
+    """Raises InputError unless the file `path`, made with the recipe `saved` (a dict), can be used with this
+    recipe. It names the fields, both values, and the command that copies what stays valid."""
     there, now = ({name: json.dumps(value) for name, value in fields.items()}        # a tuple equals a list
                   for fields in (saved, dataclasses.asdict(recipe)))
-    differing = [name for name in fields_of(recipe, stage) if there.get(name) != now[name]]
+    differing = [name for name in fields_of(recipe, stage_of(path)) if there.get(name) != now[name]]
     if not differing:
         return
     values = [f"{flag(name)} {there.get(name)} there, {now[name]} now" for name in differing]
-    values[6:] = ["and more"] if len(values) > 6 else []
-    first = next(field.metadata["stage"] for field in dataclasses.fields(recipe) if field.name in differing)
+    valid = [stage for stage in STAGES if differing[0] not in fields_of(recipe, stage)]
     kept = [file for file in sorted(path.parent.iterdir()) if file.suffix in (".pt", ".jsonl")
-            and STAGES.index(stage_of(file.stem)) < STAGES.index(first)]
+            and stage_of(file) in valid]
     new, files = shlex.quote(f"{path.parent}-2"), map(str, [path.parent / "recipe.json", *kept])
     copy = f" that keeps what it can: mkdir {new} && cp {shlex.join(files)} {new}" if kept else ""
-    raise InputError(f"{path}: was made with another recipe ({'; '.join(values)}); leave that out, or use "
-                     f"another --run{copy}")
+    raise InputError(f"{path}: was made with another recipe ({'; '.join(values[:6])}); leave that out, or "
+                     f"use another --run{copy}")
 
 
 # ---- trainings --------------------------------------------------------------------------------------------
@@ -109,9 +107,8 @@ def average_gradients(optimizers):
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])      # one message, not hundreds
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient) / dist.get_world_size())
 
 
 class Epoch:
@@ -162,21 +159,19 @@ class Log(dict):
     """The log of a search, {candidate: entry}: one line each, written by the process that trained it. A
     search that continues takes the logged candidates from here."""
 
-    def __init__(self, run, path):
-        super().__init__(run.first(lambda: read_log(path, cut=True)))
-        self.run, self.path = run, path
+    def __init__(self, run, name):
+        self.run, self.path = run, run.path(name)
+        super().__init__(run.first(lambda: read_log(self.path, cut=True)))
 
     def claim(self, k):
-        """Whether candidate k is to be trained by this process: it is not in the log, and no other process
-        has claimed it."""
+        """Whether this process is to train candidate k: it is not logged, and nobody has claimed it."""
         store = self.run.store
         return k not in self and (store is None or store.add(f"{self.path.name} {k}", 1) == 1)
 
     @contextlib.contextmanager
     def candidate(self, k, genotype):
-        """A context: yields the entry of candidate k to be filled in, and then writes it. NaN and out of
-        memory are logged with reward 0; any other error stops the run, and so do first candidates that all
-        fail alike."""
+        """A context: yields the entry of candidate k, and then writes it. NaN and out of memory are reward 0;
+        any other error stops the run, and so do first candidates that all fail alike."""
         start = time.time()
         entry = {"candidate": k, "status": "ok", "stopped": False, "reward": 0.0, "half_reward": None}
         try:
@@ -195,8 +190,6 @@ class Log(dict):
                      genotype=json.loads(genotype.to_json()))
         with open(self.path, "a") as file:                        # written at once, so lines don't mix
             file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         self[k] = entry
 
     def sync(self):
@@ -219,10 +212,9 @@ class Log(dict):
 # ---- the run ----------------------------------------------------------------------------------------------
 
 class Run:
-    """A run: its folder, recipe, device and data, and this process's rank among torchrun's processes.
-
-    All processes do the same work on the same files, with three exceptions: they share each batch, they
-    share the candidates of a round, and only rank 0 writes checkpoints and reports."""
+    """A run: its folder, recipe, device and data, and this process's rank among torchrun's processes. All do
+    the same work on the same files, with three exceptions: they share each batch, they share the candidates
+    of a round, and only rank 0 writes checkpoints and reports."""
 
     def __init__(self, folder, recipe, root=None, device=None):
         self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
@@ -236,20 +228,17 @@ class Run:
             keep_freed_memory()
         set_tf32(False)
         self.num_classes = len(data.dataset_class(recipe.dataset).classes)
-        public = recipe.dataset != "cityscapes"                   # whose test labels are not
-        self.splits = ("train", "val", "test") if public else ("train", "val")
+        self.splits = ("train", "val", "test")[:2 if recipe.dataset == "cityscapes" else 3]   # no test labels
 
     def join(self, device):
-        """Connects to torchrun's other processes: by nccl if each has its own GPU, else by gloo. -> this
-        process's device"""
-        self.rank, self.world, local_rank, local_world = (
-            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        """Connects torchrun's processes: by nccl if each has a GPU, else by gloo. -> this one's device"""
+        local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
         self.sharing = 1 if gpus >= local_world else local_world
         # A process that waits for another runs no handler of Python's: so torchrun can end it at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         forever = datetime.timedelta(days=365)                    # a candidate may take hours
-        self.store, _, _ = next(dist.rendezvous("env://", timeout=forever))
+        self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=forever))
         dist.init_process_group("nccl" if gpus >= local_world else "gloo", rank=self.rank, timeout=forever,
                                 world_size=self.world, store=dist.PrefixStore("group", self.store))
         if self.rank:
@@ -264,20 +253,17 @@ class Run:
     def first(self, work):
         """What work() returns in rank 0, in every process. A mistake of the user that it finds ends all of
         them, and rank 0 reports it."""
-        done = [None, None]                                       # what it returns, what it raises
-        if self.rank == 0:
-            try:
-                done[0] = work()
-            except (InputError, OSError) as error:
-                done[1] = error
+        try:
+            box = [work() if self.rank == 0 else None]
+        except (InputError, OSError) as error:
+            box = [error]
         if self.world > 1:
-            dist.broadcast_object_list(done)
-        if done[1]:
-            raise SystemExit(2) if self.rank else done[1]
-        return done[0]
+            dist.broadcast_object_list(box)
+        if isinstance(box[0], Exception):
+            raise SystemExit(2) if self.rank else box[0]
+        return box[0]
 
     # -- the folder, data and device
-
     def path(self, name):
         return self.folder / name
 
@@ -305,11 +291,9 @@ class Run:
         return module.to(self.device, memory_format=torch.channels_last)
 
     # -- trainings and their checkpoints
-
     def epochs(self, name, count, parts, optimizers):
-        """Yields the epochs of a training that are still to do; restores the others from NAME.pt.
-
-        parts: the modules that are trained, {"static": module, "cell": module}."""
+        """Yields the epochs of a training that are still to do; restores the others from NAME.pt. parts: the
+        modules that are trained, {"static": module, "cell": module}."""
         path, history, since = self.path(f"{name}.pt"), [], time.time()
         if path.exists():
             saved = self.checkpoint(name)
@@ -325,11 +309,10 @@ class Run:
             epoch = Epoch(self, name, index, count)
             yield epoch                                           # the loop's body runs here
             losses = check_finite(epoch.losses, f"{name}, epoch {index + 1}")
-            loss, seconds = sum(losses) / len(losses), time.time() - epoch.start
-            history.append({**epoch.entry, "loss": loss, "seconds": seconds})
+            history.append({**epoch.entry, "loss": sum(losses) / len(losses),
+                            "seconds": time.time() - epoch.start})
             if not epoch.last and time.time() - since > SAVE_SECONDS:
-                since = time.time()
-                states = [optimizer.state_dict() for optimizer in optimizers]
+                since, states = time.time(), [optimizer.state_dict() for optimizer in optimizers]
                 self.save(name, parts, history=history, optimizers=states)
         self.save(name, parts, history=history)
         self.barrier()
@@ -339,17 +322,16 @@ class Run:
         in `parts`, what tells a reader how to use them, the recipe, and `more`."""
         if self.rank:
             return
-        states = {part: {key: value.cpu() for key, value in module.state_dict().items()}
-                  for part, module in parts.items()}              # on the CPU: torch.load opens it anywhere
-        if "static" in states:
+        # On the CPU: torch.load opens it anywhere. A finished one needs no auxiliary heads, nor the mean.
+        finished = "optimizers" not in more
+        states = {part: {key: value.cpu() for key, value in module.state_dict().items()
+                         if not (finished and key.startswith("auxiliary."))}
+                  for part, module in parts.items() if not (finished and part == "average")}
+        if "static" in parts:
             kind = data.dataset_class(self.recipe.dataset)
             more.update(network=parts["static"].name, classes=list(kind.classes),
                         palette=[list(map(int, colour)) for colour in kind.palette],
                         size=tuple(self.frame_size()))
-            if "optimizers" not in more:                          # finished: no auxiliary heads
-                states.pop("average", None)
-                states["static"] = {key: value for key, value in states["static"].items()
-                                    if not key.startswith("auxiliary.")}
         if "cell" in parts:
             genotype = getattr(parts["cell"], "genotype", None)   # the decoder has none
             more.update(genotype=genotype.to_json() if genotype else DECODER,
@@ -367,7 +349,7 @@ class Run:
         saved = load(path)
         if not isinstance(saved, dict) or "recipe" not in saved:
             raise InputError(f"{path}: holds no result of a training; use another --run")
-        check_recipe(path, saved["recipe"], self.recipe, stage_of(name))
+        check_recipe(path, saved["recipe"], self.recipe)
         return saved
 
     def load(self, name):
@@ -384,22 +366,17 @@ class Run:
         cell.load_state_dict(self.checkpoint(f"{network.name}-alone")["cell"])
         return self.to_device(cell)
 
-    def log(self, name):
-        return Log(self, self.path(name))
-
 
 @contextlib.contextmanager
 def locked(run):
-    """A context in which no other command can work on the run's folder. Prints a line if the folder can't
-    be locked. Raises InputError if another command has locked it."""
+    """A context in which no other command can work on the run's folder. Raises InputError if one does."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.path("lock"), "w") as lock:
         try:
             if run.rank == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{run.folder}: another process is working on this run; wait for it or use "
-                             "another --run") from None
+            raise InputError(f"{run.folder}: another process uses it; wait, or use another --run") from None
         except (AttributeError, OSError) as error:
             print(f"{run.folder}: can't be locked here ({error}); start one command at a time on it")
         yield

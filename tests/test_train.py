@@ -261,7 +261,7 @@ def candidate(run, untrained, k=3, average=None, early_stop=None):
         early_stop = EarlyStop("average", 0.9)
         early_stop.value = average
     run.path("log.jsonl").unlink(missing_ok=True)
-    with run.log("log.jsonl").candidate(k, GENOTYPE) as entry:
+    with runs.Log(run, "log.jsonl").candidate(k, GENOTYPE) as entry:
         train.train_candidate(run, static, meta_train, meta_val, k, GENOTYPE, early_stop, entry)
     entry.pop("seconds")
     return entry
@@ -325,7 +325,7 @@ def test_a_candidate_that_fails_gets_no_reward_and_is_logged(run, untrained, mon
     assert line["status"] == status and line["tokens"] == GENOTYPE.to_tokens()
     run.recipe.search_candidates, run.recipe.controller_rollout = 1000, 1
     with pytest.raises(data.InputError, match="first 4 candidates failed"):
-        train.explore(run, "ppo", run.log("other.jsonl"), *untrained)
+        train.explore(run, "ppo", runs.Log(run, "other.jsonl"), *untrained)
     monkeypatch.setattr(train, "cell_loss", lambda *_: 1 / 0)             # any other error stops at once
     with pytest.raises(RuntimeError, match=r"candidate 3 failed: node0 = sum\(skip\(dec_prev\)"):
         candidate(run, untrained)
@@ -353,7 +353,7 @@ def explored(run, monkeypatch):
         recipe = dataclasses.replace(run.recipe, search_candidates=count)
         again = runs.Run(run.folder / folder, recipe, device="cpu")
         again._frames = run._frames
-        train.explore(again, strategy, again.log("log.jsonl"), None, (None, None), None)
+        train.explore(again, strategy, runs.Log(again, "log.jsonl"), None, (None, None), None)
         log = files.read_log(again.path("log.jsonl"))
         for entry in log.values():
             entry.pop("seconds")

@@ -145,7 +145,7 @@ def test_a_torn_last_line_is_cut_off_and_its_candidate_trained_again(run, capsys
     path.write_text(lines(0, 1) + lines(2)[:30])
     assert list(files.read_log(path)) == [0, 1]
     assert path.read_text() != lines(0, 1)                                # looking cuts nothing
-    log = run.log("log.jsonl")
+    log = runs.Log(run, "log.jsonl")
     assert path.read_text() == lines(0, 1) and "the last line is incomplete and" in capsys.readouterr().out
     assert [k for k in range(4) if log.claim(k)] == [2, 3]
     with log.candidate(2, GENOTYPE) as entry:
@@ -158,7 +158,7 @@ def test_the_logs_tokens_are_taken_where_another_processor_would_sample_others(r
     run.path("log.jsonl").write_text(lines(1))
     sampled = torch.tensor([TOKENS] * 4)
     sampled[1:, 1] += 1
-    tokens = run.log("log.jsonl").tokens([0, 1, 2], sampled)              # the last round may be shorter
+    tokens = runs.Log(run, "log.jsonl").tokens([0, 1, 2], sampled)        # the last round may be shorter
     assert tokens.tolist() == [TOKENS, TOKENS, sampled[2].tolist()]
 
 
@@ -223,20 +223,6 @@ def test_a_stage_makes_the_same_whatever_later_stages_are_told(
         assert same(a, b), name
 
 
-def test_what_is_no_network_of_this_run_is_named(smoke, small, tmp_path):
-    folder = copy_of(smoke, tmp_path, "recipe.json", "static.pt", "controller.pt")
-    run, saved = run_in(folder), files.load(folder / "static.pt")
-    torch.save({**saved, "static": {"weight": torch.zeros(1)}}, folder / "baseline.pt")
-    torch.save({**saved, "optimizers": []}, folder / "cell-0.pt")
-    torch.save([1, 2], folder / "list.pt")
-    for name, said in (("baseline", "another network"), ("controller", "no finished network"),
-                       ("cell-0", "finished"), ("list", "no finished"), ("cell-7", "no such file")):
-        with pytest.raises(InputError, match=f"{name}.pt: .*{said}"):
-            run.load(name)
-    with pytest.raises(InputError, match="list.pt: .*no result"):
-        options.check_folder(run)
-
-
 def test_a_pretraining_goes_on_without_its_files_of_weights_and_takes_no_other(
         smoke, small, tmp_path, monkeypatch):
     """Stopped in its second epoch. So does a search, in a folder that has no recipe."""
@@ -259,6 +245,10 @@ def test_a_pretraining_goes_on_without_its_files_of_weights_and_takes_no_other(
     assert same(outcome_of(folder / "static.pt"), outcome_of(smoke / "static.pt"))
     with pytest.raises(InputError, match=f'static.pt: .*--encoder-weights "{encoder}" there, "none" now'):
         train.main([*arguments, "search", "--encoder-weights", "none"])
+    torch.save([1, 2], folder / "list.pt")
+    with pytest.raises(InputError, match="list.pt: .*no result"):
+        train.main([*arguments, "search"])
+    (folder / "list.pt").unlink()
     (folder / "recipe.json").unlink()
     train.main([*arguments, "search", "--cell-layers", "1", "--search-candidates", "1"])
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["cell_layers"] == 1
@@ -270,7 +260,7 @@ def test_a_pretraining_goes_on_without_its_files_of_weights_and_takes_no_other(
 def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
     with open(smoke / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is working on this run; wait for it or"):
+        with pytest.raises(InputError, match="run: another process uses it"):
             train.main(arguments_of(smoke))
 
 
@@ -325,18 +315,6 @@ def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke,
     out = capsys.readouterr().out
     assert out.count(": nothing is missing") == 4 and "baseline, fine-tuned" in out
     assert times() == before
-
-
-@pytest.mark.slow
-def test_what_was_lost_of_a_finished_run_is_made_again(smoke, small, tmp_path):
-    """A cut log, a network and the table: neither what stands nor what is made anew differs."""
-    folder = copy_of(smoke, tmp_path)
-    text = (folder / "search.jsonl").read_text()
-    (folder / "search.jsonl").write_text("".join(text.splitlines(True)[:3]) + '{"candidate": 3, "rew')
-    for name in ("controller.pt", "cell-0-without-past.pt", "results.json", "figures/fig3-rewards.png"):
-        (folder / name).unlink()
-    train.main(arguments_of(folder))
-    assert_same(folder, smoke)
 
 
 def killed_again_and_again(smoke, tmp_path, kills, everywhere=False, seed=0):
@@ -403,19 +381,18 @@ def test_the_time_left_is_what_the_folder_lacks_at_the_pace_of_the_stages_before
 # ---- torchrun
 
 def one_of_two(rank, port, folder):
-    """A process of a pair, as torchrun starts it; what the tests below look at."""
+    """A process of a pair, as torchrun starts it. It writes down what the tests below look at."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     run = Run(folder, recipe_for("synthetic", "smoke"), device="cpu")
-    parts = train_tiny_without_noise, draw, what_is_there, find_a_mistake
-    torch.save({part.__name__: part(run) for part in parts}, folder / f"rank-{rank}")
+    torch.save([train_tiny(run, noise=0.0)[0], draw(run), ask(run)], folder / f"rank-{rank}")
     run.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
-    """A function: function -> what function(run) returns in the first process and in the second."""
+    """What the first process and the second have written down."""
     folder = tmp_path_factory.mktemp("two")
     folder.joinpath("search.jsonl").write_text(lines(0, 1, 2, 3))
     with socket.socket() as free:
@@ -427,19 +404,14 @@ def in_two_processes(tmp_path_factory):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    told = [files.load(folder / f"rank-{rank}") for rank in (0, 1)]
-    return lambda function: [parts[function.__name__] for parts in told]
-
-
-def train_tiny_without_noise(run):
-    return train_tiny(run, noise=0.0)[0]
+    return [files.load(folder / f"rank-{rank}") for rank in (0, 1)]
 
 
 def test_two_processes_share_every_batch_and_train_as_one_does(run, in_two_processes):
     """Of a model without batch norms and dropout: to rounding. A parameter that nothing uses stays."""
-    a, b = in_two_processes(train_tiny_without_noise)
+    (a, _, _), (b, _, _) = in_two_processes
     assert torch.equal(a, b) and 1 in a
-    torch.testing.assert_close(a, train_tiny_without_noise(run))
+    torch.testing.assert_close(a, train_tiny(run, noise=0.0)[0])
 
 
 def draw(run):
@@ -448,59 +420,49 @@ def draw(run):
         for batch, _ in epoch.batches(8, 4):
             draws.append((batch.tolist(), torch.rand(1, generator=epoch.rng).item(), torch.rand(1).item()))
             epoch.log(torch.zeros(()))
-    return draws, run.first(lambda: run.rank + 7), [run.store.add(f"{k}", 1) for k in range(3)]
+    return draws
 
 
 def test_each_process_has_its_share_of_a_batch_and_its_own_augmentation(in_two_processes):
-    (first, seven, claims), (second, also_seven, other_claims) = in_two_processes(draw)
+    (_, first, _), (_, second, _) = in_two_processes
     for epoch in (0, 2):
         shares = [batch for step in (epoch, epoch + 1) for batch in (first[step][0], second[step][0])]
         assert [len(share) for share in shares] == [2, 2, 2, 2] and sorted(sum(shares, [])) == list(range(8))
     for kind in (1, 2):                                                   # the epoch's generator, torch's own
         assert len({step[kind] for step in first + second}) == 8
-    assert seven == also_seven == 7                                       # rank 0 decides
-    for pair in zip(claims, other_claims):                                # of a candidate, one is the first
-        assert sorted(pair) == [1, 2]
 
 
-def what_is_there(run):
-    """The second process looks at an empty folder."""
+def ask(run):
+    """The second process looks at an empty folder. Only the first one is to make the table, or to report a
+    mistake; each candidate is one process's."""
+    def mistake():
+        raise InputError("a mistake")
+
     run.save("static", {"line": torch.nn.Linear(1, 1)}, history=[])
     if run.rank:
         run.folder = run.folder / "nowhere"
-    names = [network.name for network in networks.networks(run)]
     stages = [table.done(run, stage) for stage in ("pretrain", "search", "finetune", "evaluate")]
-    return names, stages, list(run.log("search.jsonl")), run.finished("static"), run.finished("baseline")
+    log, names = runs.Log(run, "search.jsonl"), [network.name for network in networks.networks(run)]
+    own = [log.claim(k) for k in (3, 4, 5, 6)], bool(table.Table(run).missing())
+    try:
+        run.first(mistake)
+    except (InputError, SystemExit) as error:
+        return (names, stages, list(log), run.finished("static"), run.finished("baseline")), own, str(error)
 
 
 def test_one_process_looks_at_the_folder_and_all_follow(in_two_processes):
     """Else one that looks later, at more files, does other work, and both wait forever."""
-    first, second = in_two_processes(what_is_there)
+    (_, _, (first, own, said)), (_, _, (second, others, also_said)) = in_two_processes
     assert first == second and first[0] == ["baseline", "cell-0", "cell-0-without-past"]
     assert first[2:] == ([0, 1, 2, 3], True, False)
-
-
-def find_a_mistake(run):
-    def work():
-        raise InputError("a mistake")
-    try:
-        run.first(work)
-    except (InputError, SystemExit) as error:
-        return str(error)
-
-
-def test_a_mistake_is_reported_by_one_process_and_ends_all(in_two_processes):
-    assert in_two_processes(find_a_mistake) == ["a mistake", "2"]
+    assert [sum(pair) for pair in zip(own[0], others[0])] == [0, 1, 1, 1]         # candidate 3 is logged
+    assert (own[1], others[1]) == (True, False)
+    assert (said, also_said) == ("a mistake", "2")
 
 
 def worker(arguments, die_at):
     """The small run's command; the second process kills itself in its step number die_at."""
-    calls, update, save = 0, train.update, table.save
-
-    def note_and_save(path, content):
-        with open(path.parent.parent / "savers", "a") as file:
-            file.write(os.environ["RANK"])
-        save(path, content)
+    calls, update = 0, train.update
 
     def update_or_die(*arguments):
         nonlocal calls
@@ -510,7 +472,7 @@ def worker(arguments, die_at):
         update(*arguments)
 
     make_small(setattr)
-    train.update, table.save = update_or_die, note_and_save
+    train.update = update_or_die
     data.run_main(lambda: train.main(arguments))
 
 
@@ -540,13 +502,12 @@ def test_two_processes_search_the_same_candidates_as_one_even_if_one_was_killed(
 
 def test_a_worker_that_is_killed_once_stops_the_run_and_the_run_goes_on(smoke, tmp_path):
     """Without a search: where every process asked the disk by itself whether there is work, one would be
-    ahead of the other and both wait forever. One process writes the table: two that write a file at the
-    same time find it half written, or renamed by the other."""
+    ahead of the other and both wait forever."""
     flags = "--cells", "0", "--cell", "concat", "--key-frames", "0"
     whole = copy_of(smoke, tmp_path / "whole", "nothing")
     folder = copy_of(smoke, tmp_path / "died", "nothing")
     torchrun(whole, *flags)
-    assert (whole / "results.json").exists() and set((tmp_path / "whole" / "savers").read_text()) == {"0"}
+    assert (whole / "results.json").exists()
     torchrun(folder, *flags, die_at=14)               # the end of the baseline's second epoch; one is saved
     assert len(files.load(folder / "baseline.pt")["optimizers"]) == 1
     torchrun(folder, *flags, "--stage", "finetune")
