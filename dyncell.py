@@ -567,7 +567,7 @@ def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
             calls[name] = functools.partial(ready, image)
             if isinstance(ready, VideoSegmenter):
                 calls[name] = functools.partial(ready.step, image, ready.step(image)[1])
-        ms = milliseconds_in_turn(calls, repeats, device)
+        ms = milliseconds_in_turn(calls, repeats)
         print(f"\n{title:24}  parameters  G mult-adds       ms  / encoder  / arch2")
         for name, call in calls.items():
             count, time = parameters(modules[name]), ms[name]

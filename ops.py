@@ -347,7 +347,7 @@ def main(arguments=None):
         modules = {name: make(64).to(device).eval() for name, make in table.items()}
         with torch.no_grad():
             ms = milliseconds_in_turn({name: lambda module=module: module(*inputs)
-                                       for name, module in modules.items()}, device=device)
+                                       for name, module in modules.items()})
         print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8} {'MB kept':>8}")
         for token, (name, module) in enumerate(modules.items()):
             macs = multiply_adds(module, *inputs) / 1e6

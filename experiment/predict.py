@@ -179,7 +179,7 @@ def write_classes(output, classes, colours):
     save(output / "classes.json", [{"value": k, "name": classes[k], "colour": colours[k]}
                                    for k in range(len(classes))])
     canvas = charts.Canvas(480, 40 + 26 * len(classes))
-    canvas.height = 20 + canvas.legend(16, 20, 448, charts.class_legend(classes, colours)[:-1])
+    canvas.height = 20 + canvas.class_legend(20, classes, colours)
     charts.save_png(output / "legend.png", canvas.finished())
 
 

@@ -1,6 +1,4 @@
-"""The cost of a module: parameters, multiply-adds, time, memory.
-
-Multiply-adds are those of convolutions and matrix products. Times are medians in ms."""
+"""The cost of a module: parameters, multiply-adds, time, memory."""
 import statistics
 import time
 
@@ -16,37 +14,28 @@ def parameters(module):
 
 
 def multiply_adds(function, *inputs):
-    """Multiply-adds of one call of function(*inputs), as torch counts them: convolutions and matrix products.
-
-    Bilinear sampling (4 a sample), sums and norms (1 or 2 an element) are not counted."""
+    """Multiply-adds of one call of function(*inputs), as torch counts them: of convolutions and matrix
+    products, but not of bilinear sampling (4 a sample), sums and norms (1 or 2 an element)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function(*inputs)
     return counter.get_total_flops() // 2
 
 
-def synchronise(device=None):
-    """Waits until the device has finished its work. None: the current accelerator, if there is one."""
-    if device is None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-    elif torch.device(device).type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def milliseconds_in_turn(calls, repeats=5, device=None):
-    """Median wall time in ms of each of several calls: {name: function} -> {name: ms}.
-
-    The calls take turns, so other load on the machine slows all of them alike, and their ratios stay right.
-    The first round is not counted. In each round a call is made twice, and only the second is timed: the
-    first brings its weights back into the cache. `device`: see `synchronise`."""
+def milliseconds_in_turn(calls, repeats=5):
+    """Median wall time in ms of each of several calls: {name: function} -> {name: ms}. The calls take turns,
+    so other load on the machine slows all of them alike, and their ratios stay right. The first round is not
+    counted. In each round a call is made twice, and only the second is timed: the first brings its weights
+    back into the cache."""
+    # An accelerator works on after a call has returned.
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
             call()
-            synchronise(device)
+            wait()
             start = time.perf_counter()
             call()
-            synchronise(device)
+            wait()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
@@ -54,11 +43,9 @@ def milliseconds_in_turn(calls, repeats=5, device=None):
 def megabytes_kept(module, *inputs):
     """Memory in MB that a call allocates and keeps for its backward pass, including its result."""
     kept = {}                                # address: storage, kept alive so that no address is reused
-
     def note(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
-
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         note(module(*inputs))
     for x in (*inputs, *module.parameters(), *module.buffers()):  # these were there before the call
@@ -73,7 +60,6 @@ def usable_device(name):
         if device.type == "cuda" and device.index is not None:    # else cuda:0 is initialised, too
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
-        synchronise(device)
     except Exception as error:               # each kind of device fails in its own way
         raise InputError(f"--device {name}: {brief(error)}") from None
     return device
