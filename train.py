@@ -53,11 +53,11 @@ class Recipe:
     fields of "amount" say how much is made: what is missing is added, what is there stays."""
 
     # Sect. 6: static pre-training
-    dataset: str = field("pretrain", "camvid", "camvid, cityscapes or synthetic")
+    dataset: str = field("pretrain", "camvid", "the videos", choices=data.DATASETS)
     seed: int = field("pretrain", 0, "every random choice comes from it", least=0)
     encoder_weights: str = field("pretrain", "imagenet", "[ours]: imagenet (downloaded), a file, or none")
     static: str = field("pretrain", "none", "[ours]: a static network's file to begin from")
-    static_network: str = field("pretrain", "arch2", "Sect. 3.1: arch2; [ours]: arch2-quarter")
+    static_network: str = field("pretrain", "arch2", "Sect. 3.1: arch2; [ours]: the other", choices=STATICS)
     static_epochs: int = field("pretrain", 2000, "Sect. 6: epochs of pre-training; 0: only with --static", 0)
     static_batch: int = field("pretrain", 32, "Sect. 6: images a batch", 2)
     static_crop: tuple[int, int] = field("pretrain", (600, 600), "Sect. 6: random crop, height and width")

@@ -3,19 +3,17 @@ says what differs from the defaults in train.py, which are the paper's for CamVi
 memory a recipe takes."""
 import math
 import shlex
-import time
 
 import torch
 
 import data
 from dyncell import STATICS
 from experiment.networks import SEARCHES, strategies
+from util.costs import milliseconds_in_turn
 from util.device import available, has_bf16
-from util.errors import REMEDY, InputError
+from util.errors import REMEDY
 from util.files import load, read_log
 from util.progress import duration
-
-NAMES = "paper", "short", "smoke"
 
 # short: two to two and a half hours on two cores, 8 GB. Its pre-training: the trials of docs/results.md. The
 # controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
@@ -64,130 +62,92 @@ SCHEDULES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How long does a recipe take?
+# ---- how long does a recipe take? -------------------------------------------------------------------------
 
 # Time of a pixel in units of a pixel of a pre-training step (forward and backward, with auxiliary losses).
-# Measured on a CPU in bf16; a cell: the mean of twelve random ones.
-STORE, CELL, SCORE, END_TO_END, EVALUATE = 0.25, 0.15, 0.05, 0.7, 0.25
+# Measured on a CPU in bf16; LAYER of a cell: the mean of twelve random cells. START: seconds of any stage.
+STORE, LAYER, END_TO_END, EVALUATE, START = 0.25, 0.03, 0.7, 0.25, 5
 
 
-def cells_of(recipe):
-    """How many cells of a recipe are trained, with each seed."""
-    r = recipe
-    found = r.cells * len(strategies(r)) + r.without_past + r.median_cell if r.cells else 0
-    return found + len(r.cell)
-
-
-def pixels_of(recipe, run):
-    """{stage: pixels}, in units of a pixel of a pre-training step, that the stages of a recipe take."""
-    r, frames = recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
-    length, later, count = r.sequence_length, r.sequence_length - 1, frames["train"]
-    frame = math.prod(run.frame_size())
-    searches = len(strategies(r)) * r.search_candidates
-    cells = cells_of(r)
+def pixels_of(run):
+    """{stage: pixels that are still to do}, in units of a pixel of a pre-training step. Of finetune and
+    evaluate what the folder has is not counted."""
+    r, frames = run.recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
+    frame, count, length = math.prod(run.frame_size()), frames["train"], r.sequence_length
     labelled = count if length > 2 else count // 2                # CityScapes: every second frame
-    alone = r.seeds * cells * r.cell_epochs * labelled * later * CELL
-    end = r.seeds * (cells + 1) * r.end_epochs * labelled * length * END_TO_END
+    alone = frame * labelled * (length - 1) * LAYER * r.cell_layers       # an epoch of a cell
+    end = math.prod(r.end_crop) * labelled * length * END_TO_END * r.end_epochs
+    static, store = run.path("static.pt"), frame * count * STORE
+    trained = len(load(static)["history"]) if static.exists() else 0
+    logged = sum(len(read_log(run.path(name))) for name, _, _ in SEARCHES.values())
+    searches = max(0, len(strategies(r)) * r.search_candidates - logged)
+    cells = (r.cells > 0) * (r.cells * len(strategies(r)) + r.without_past + r.median_cell) + len(r.cell)
     rows = 1 + r.seeds * (1 + cells * len(r.key_frames))
     return {
-        "pretrain": r.static_epochs * labelled * r.static_crop[0] * r.static_crop[1],
-        "search": (searches > 0) * frame * count * STORE + frame * searches * labelled * later
-        * (r.search_epochs * CELL + 2 * r.meta_val_share * SCORE),
-        "finetune": frame * (count * STORE + alone) + end * r.end_crop[0] * r.end_crop[1],
-        "evaluate": rows * EVALUATE * frame * sum(frames[split] for split in run.splits[1:])}
+        "pretrain": math.prod(r.static_crop) * labelled * (r.static_epochs - trained),
+        "search": (searches > 0) * store + searches * r.search_epochs * alone,
+        "finetune": store + r.seeds * (cells * r.cell_epochs * alone + (cells + 1) * end),
+        "evaluate": frame * sum(frames[split] for split in run.splits[1:]) * EVALUATE * rows}
 
 
 def seconds_per_pixel(run):
     """Seconds of a pixel of a pre-training step on this device, measured on two small images."""
     model = run.to_device(STATICS[run.recipe.static_network](run.num_classes))
     images = torch.randn(2, 3, 192, 192, device=run.device).contiguous(memory_format=torch.channels_last)
-    for _ in range(2):                       # the first one also sets up
-        start = time.time()
+
+    def step():
         with run.autocast():
-            pred = model(images)
-        pred.float().sum().backward()
-        pred.sum().item()                    # waits for a GPU
-    return (time.time() - start) / (2 * 192 * 192)
-
-
-def left_of(run):
-    """{stage: the share of it that is still to do}, roughly, by what the run's folder holds."""
-    r, shares = run.recipe, {}
-    if run.path("static.pt").exists() and r.static_epochs:
-        shares["pretrain"] = len(load(run.path("static.pt"))["history"]) / r.static_epochs
-    for strategy in strategies(r):
-        logged = len(read_log(run.path(SEARCHES[strategy][0])))
-        shares["search"] = shares.get("search", 0) + logged / r.search_candidates / len(strategies(r))
-    made = [path for path in run.folder.glob("*.pt") if not path.stem.endswith("-alone")
-            and path.stem not in ("static", "controller", "examples")]
-    shares["finetune"] = len(made) / (r.seeds * (1 + cells_of(r)))
-    if run.path("results.json").exists():
-        shares["evaluate"] = "best" in load(run.path("results.json"))
-    return {stage: 1 - min(1, share) for stage, share in shares.items()}
+            model(images).float().sum().backward()
+    return milliseconds_in_turn({"step": step}, 1, run.device)["step"] / 1000 / (2 * 192 * 192)
 
 
 def seconds_of(run, stages):
     """Seconds that these stages will take: as expected, at the pace of the stages before. Those count by
     their length: a short one, whose start takes longer than its steps, says little of hours."""
     expected, before = (sum(run.expected[stage] for stage in some) for some in (stages, run.taken))
-    pace = (sum(run.taken.values()) + expected) / max(1e-9, before + expected)
-    return pace * expected
+    return expected * (sum(run.taken.values()) + expected) / max(1e-9, before + expected)
 
 
 def announce(run, command, recipe_for):
-    """Prints the first line of a run: its schedule and about how long its stages take here; and how to have
-    the other schedule. Sets run.expected, {stage: seconds} of this command's stages."""
-    r, dataset = run.recipe, run.recipe.dataset
-    speed, left = seconds_per_pixel(run) / run.world, left_of(run)
-    run.expected = {stage: speed * pixels * left.get(stage, 1)
-                    for stage, pixels in pixels_of(r, run).items() if stage in command.stages}
-    threads = f"{torch.get_num_threads()} threads"
-    if run.world > 1:
-        threads += f" in each of {run.world} processes"
-    print(f"{run.folder}: {dataset}, schedule {command.schedule}, on {run.device}, {threads}: about "
-          f"{duration(sum(run.expected.values()))} for {' '.join(run.expected)}")
-    size = run.frame_size()
-    if dataset not in ("camvid", "cityscapes", "synthetic") and size != data.CamVid.SIZE:
-        print(f"{dataset}: its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x "
-              "360; set --static-crop, --end-crop and --input-pad to match")
-    if command.schedule in ("paper", "short") and dataset != "synthetic":
+    """Prints the first line of a run: its schedule, about how long its stages take here, and how to have the
+    other schedule. Sets run.expected, {stage: seconds} of this command's stages."""
+    speed, size = seconds_per_pixel(run) / run.world, run.frame_size()
+    run.expected = {stage: START + speed * pixels
+                    for stage, pixels in pixels_of(run).items() if stage in command.stages}
+    print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, {run.world} x "
+          f"{torch.get_num_threads()} threads: about {duration(sum(run.expected.values()))} for "
+          f"{' '.join(run.expected)}")
+    if (run.recipe.dataset, "short") not in SCHEDULES and size != data.CamVid.SIZE:
+        print(f"its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x 360; set "
+              "--static-crop, --end-crop and --input-pad to match")
+    if command.schedule != "smoke" and run.recipe.dataset != "synthetic":
         other = "short" if command.schedule == "paper" else "paper"
-        pixels = pixels_of(recipe_for(dataset, other), run)
-        print(f"the other recipe: --schedule {other} --run {shlex.quote(f'runs/{dataset}-{other}')}, about "
-              f"{duration(speed * sum(pixels.values()))} here for all stages")
+        lack = lacking(run, recipe_for(run.recipe.dataset, other))
+        print(f"the other recipe: --schedule {other} --run {shlex.quote(f'{run.folder}-{other}')}"
+              + f"; but here {lack}" * bool(lack))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How much memory does a training step take?
+# ---- how much memory does it take? ------------------------------------------------------------------------
 
 # Bytes per pixel of a step in float32; bf16 takes 0.6 of them. Measured on a CPU as the peak of the resident
-# memory, minus that before the step. STATIC: 2 and 4 images of 320x320. WHOLE: as many sequences of three,
-# with `attention`. A_CELL: 8 and 16 sequences of stored outputs of 480x384, with the cell that needs most,
-# per frame after the first. STORED: of the feature cache; with layer1, in half precision, 3 bytes more.
+# memory. STATIC: an image. WHOLE: a frame of a sequence, end to end with `attention`. A_CELL: a later frame
+# of stored outputs, with the cell that needs most. STORED: of the feature cache; layer1 takes 3 of them.
 STATIC, WHOLE, A_CELL, STORED = 3100, 2600, 600, 5.4 + 3
 
 
-def check_memory(run, stage):
-    """Raises InputError if a stage will need more memory than is available: a step, and the search's stored
-    outputs. The estimate errs upwards by a tenth."""
-    r, size = run.recipe, run.frame_size()
-    longer = r.input_longer_side or max(size)
-    sides = [side * longer / max(size) for side in size]          # resized, then cropped or padded
-    crop = [max(r.input_pad, min(r.input_crop, side)) for side in sides]
-    step, stored = 0, 0
-    if stage == "pretrain":
-        step = STATIC * r.static_batch * math.prod(r.static_crop)
-    elif stage == "search" and strategies(r):                     # meta-val is not resized
-        step = A_CELL * r.search_batch * (r.sequence_length - 1) * math.prod(crop)
-        frames = sum(map(len, run.dataset("train").clips))
-        stored = STORED * frames * (math.prod(sides) + r.meta_val_share * math.prod(size))
-    elif stage == "finetune":
-        step = WHOLE * r.cell_batch * r.sequence_length * math.prod(r.end_crop)
-    if stage != "search":                    # torchrun's processes share a batch, each has a candidate
-        step /= run.world
-    need = 1.1 * (0.6 if has_bf16(run.device) else 1) * step + stored
-    need, has = need * run.sharing, available(run.device)
-    if has is not None and need > has:
-        raise InputError(f"{stage}: needs {need / 1e9:.1f} GB, and {run.device} has {has / 1e9:.1f} GB; "
-                         f"{REMEDY[stage]}")
+def lacking(run, r, stages=("pretrain", "search", "finetune")):
+    """Which of these stages need more memory than is available with the recipe r: for a step, and for the
+    search's stored outputs. "" if none does. The estimate errs upwards by a tenth."""
+    size, frames = run.frame_size(), sum(map(len, run.dataset("train").clips))
+    sides = [side * (r.input_longer_side or max(size)) / max(size) for side in size]      # those of meta-val
+    crop = [max(r.input_pad, min(r.input_crop, side)) for side in sides]                  # are not resized
+    stored = STORED * frames * (math.prod(sides) + r.meta_val_share * math.prod(size))
+    step = 1.1 * (0.6 if has_bf16(run.device) else 1)
+    searching = step * A_CELL * r.search_batch * (r.sequence_length - 1) * math.prod(crop) + stored
+    need = {"pretrain": step * STATIC * r.static_batch * math.prod(r.static_crop) / run.world,
+            "search": searching if strategies(r) else 0,          # each process has its own candidate
+            "finetune": step * WHOLE * r.cell_batch * r.sequence_length * math.prod(r.end_crop) / run.world}
+    here, has = run.sharing, available(run.device) or math.inf
+    return "; ".join(f"{stage}: needs {here * need[stage] / 1e9:.1f} GB, and {run.device} has "
+                     f"{has / 1e9:.1f} GB, so {REMEDY[stage]}"
+                     for stage in need if stage in stages and here * need[stage] > has)

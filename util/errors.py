@@ -66,11 +66,10 @@ def brief(error):
 
 
 FRAMES = "give smaller frames, or pass --device cpu if that has more"
-SHORT = ", or take --schedule short with another --run"
 REMEDY = {                                   # of a stage that takes too much memory
-    "pretrain": f"lower --static-batch or --static-crop{SHORT}",
-    "search": f"lower --search-batch or --input-crop{SHORT}",
-    "finetune": f"lower --cell-batch, --end-crop or --input-crop{SHORT}",
+    "pretrain": "lower --static-batch or --static-crop",
+    "search": "lower --search-batch or --input-crop",
+    "finetune": "lower --cell-batch, --end-crop or --input-crop",
     "evaluate": FRAMES, "predict": FRAMES}
 
 

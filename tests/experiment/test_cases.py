@@ -72,7 +72,7 @@ def test_sparse_labels_and_splits_of_different_sizes_train(small, tmp_path, monk
 
 def test_it_says_the_stage_and_at_the_end_what_to_do_next(smoke, small, capsys):
     said = (smoke.parent / "run.out").read_text()
-    assert "evaluate: stage 4 of 4" in said and "[4/4] frames of test 8/8" in said
+    assert "evaluate: stage 4 of 4" in said and "[4/4] cell-0 on test 8/8" in said
     assert "These numbers mean nothing" in said and f"--stage predict --run {smoke} --input" in said
     train.main([*arguments_of(smoke), "--stage", "search"])
     assert "next: the same command with --stage finetune" in capsys.readouterr().out
