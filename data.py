@@ -473,7 +473,7 @@ class Frames:
 
     IN_MEMORY = 4e9
 
-    def __init__(self, dataset, in_memory=True, device="cpu", show=None):
+    def __init__(self, dataset, in_memory=True, device="cpu", show=lambda done, total: None):
         self.dataset, self.device = dataset, device
         self.list = [frame for clip in dataset.clips for frame in clip]
         self.number = {frame: k for k, frame in enumerate(self.list)}

@@ -30,8 +30,8 @@ ANIMATION = 100, 480                         # at most so many frames and so wid
 # The frames
 
 Video = collections.namedtuple("Video", "names durations size read since")
-# names and durations (ms) of the frames; size: (H, W); read(): yields frames (H, W, 3) uint8, one at a time
-# in memory; since: how many frames there are from the beginning of the clip, or the last long gap, to each
+# names and durations (ms) of the frames; size: (H, W); read(): yields (H, W, 3) uint8, one after the other;
+# since: how many frames a frame is from the beginning of its clip, or from the last long gap
 
 
 def open_video(source):
@@ -45,8 +45,7 @@ def open_video(source):
         for _, milliseconds in frames_of(path):
             durations.append(milliseconds)
     except Exception as error:               # Pillow's decoders raise many kinds
-        raise InputError(f"{path}: frame {len(durations)} cannot be decoded ({brief(error)}); create it "
-                         "again") from None
+        raise InputError(f"{path}: frame {len(durations)} cannot be decoded ({brief(error)})") from None
     count = len(durations)
     names = [path.stem] if count == 1 else [f"{path.stem}_{k:05d}" for k in range(count)]
     return Video(names, durations, size, lambda: (image for image, _ in frames_of(path)), range(count))
@@ -92,9 +91,8 @@ def open_folder(folder):
 # The network, the prediction
 
 def find_network(run, network):
-    """The path of a checkpoint. network: a name in the run's folder, the name of a network that comes with
-    the project (camvid), the path of any file, or None for the run's best network. Raises InputError if there
-    is no such file."""
+    """The path of a checkpoint. network: a name in the run's folder, camvid (comes with the project), the
+    path of any file, or None for the run's best network. Raises InputError if there is no such file."""
     there = [path.stem for path in sorted(run.glob("*.pt")) if not path.stem.endswith("-alone")
              and path.stem not in ("controller", "examples")]
     if network is None:
@@ -126,8 +124,7 @@ def open_network(path, command):
 def predict(command):
     """Writes label maps, overlays and one animation of a video. Memory doesn't grow with its length."""
     if not (command.network or command.named_run or "dataset" in command.given):
-        raise InputError("--run, --network: give one of them; --network camvid is the one for streets that "
-                         "comes with this program")
+        raise InputError("--run, --network: give one of them, such as --network camvid for streets")
     path, output = find_network(command.run, command.network), pathlib.Path(command.output)
     network, size = open_network(path, command)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -159,8 +156,7 @@ def predict(command):
         charts.save_indexed(output / "labels" / f"{name}.png", labels, network.palette)
         progress.update(k + 1)
     rare = animate(output, video)
-    print(f"predict: wrote {output}: labels/, {'/, '.join(pictures)}/, overlay.webp{rare}, classes.json, "
-          "legend.png")
+    print(f"predict: wrote {output}: labels/, {'/, '.join(pictures)}/, overlay.webp{rare}, legend.png ...")
 
 
 def announce(path, network, video, size):

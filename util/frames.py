@@ -7,7 +7,7 @@ import numpy as np
 from util.errors import InputError
 
 
-def read_all(read, frames, keep=True, problems=(), show=None):
+def read_all(read, frames, keep=True, problems=(), show=lambda done, total: None):
     """read(frame), a tuple of arrays (H, W, ...), for all frames, with threads -> the arrays of all frames
     stacked, (N, H, W, ...) each, and the frames' size (H, W). keep=False: checks them only, () for arrays.
 
@@ -29,8 +29,7 @@ def read_all(read, frames, keep=True, problems=(), show=None):
                 problems += result.args
             elif keep:
                 kept.append(result)
-            if show:
-                show(done, len(frames))
+            show(done, len(frames))
     usual = collections.Counter(sizes.values()).most_common(1)[0][0] if sizes else None
     for frame in frames:                     # Frames of data.py, or paths
         if (size := sizes.get(frame, usual)) != usual:

@@ -4,15 +4,11 @@ import mimetypes
 from shlex import quote
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from util.errors import InputError, brief
 
 FORMATS = "PNG", "JPEG"                      # only these: Pillow starts ghostscript for an EPS named .png
-# Orientation in the metadata (EXIF) -> what brings the stored pixels upright. 5 to 8 swap the sides.
-UPRIGHT = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-           5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 
 
 def open_image(path, formats=FORMATS):
@@ -41,18 +37,11 @@ def other_kind(path):
             return f"a video; extract its frames (mkdir frames; ffmpeg -i {quote(str(path))} frames/%06d.png)"
 
 
-def orientation(image):
-    """The orientation of a Pillow image, 2 to 8; 1 if it is upright as stored, or the metadata is broken."""
-    with contextlib.suppress(Exception):
-        value = image.getexif().get(0x0112)
-        return value if value in UPRIGHT else 1
-    return 1
-
-
 def upright(image):
-    """A Pillow image -> the same, turned as its metadata say."""
-    turn = orientation(image)
-    return image.transpose(UPRIGHT[turn]) if turn > 1 else image
+    """A Pillow image -> the same, turned as its metadata (EXIF) say, unless they are broken."""
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def read_image(path, formats=FORMATS, turn=True):

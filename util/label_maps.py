@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import InputError, brief
-from util.images import FORMATS, open_image, orientation, read_image, upright
+from util.images import open_image, read_image, upright
 
 IGNORE = 255
 NEAR = 16                                    # two colours whose channels differ by at most this are the same
@@ -39,8 +39,7 @@ def normal_form(dataset, name):
             raise ValueError("they do not agree")
     except (TypeError, ValueError, LookupError) as error:
         raise InputError(f"{name}: `classes` must be different names, `palette` three numbers for each, 0 to "
-                         "255 or 0 to 1, IDS {value: class}, pairs (value, class), or a list of a class for "
-                         f"each value ({brief(error)[:60]})") from None
+                         f"255 or 0 to 1, IDS {{value: class}} ({brief(error)[:60]})") from None
     if (used := meaning[meaning != IGNORE].max()) >= len(names):
         raise InputError(f"{name}.IDS: gives classes up to {used}, but `classes` has {len(names)} names")
     dataset.classes, dataset.IDS = names, meaning
@@ -48,28 +47,27 @@ def normal_form(dataset, name):
 
 
 class Reader:
-    """Reads the images and label maps of one split of a dataset, which has IDS (as by ids), `palette` and
-    `clips`. It holds all of them to one rule in what their files say besides pixels: the colours of indexed
-    label maps, and the orientation in the metadata.
+    """Reads the images and label maps of one split of a dataset in normal form, by one rule for all.
 
-    Images and label maps are turned upright where their metadata ask for it: unless the first label map
-    whose image asks for it doesn't ask itself and has the size of the image as stored."""
+    They are turned upright where their metadata ask for it: unless the first label map whose image asks for
+    it doesn't ask itself and has the size of the image as stored."""
 
     def __init__(self, dataset):
         self.dataset, self.colours, self.turn = dataset, {}, True
-        for image, label in (frame for clip in dataset.clips for frame in clip if frame.label):
-            size, turn = look(image)
-            if turn > 1:
-                self.turn = look(label) != (size, 1)
-                break
+        for path, label_path in sum(dataset.clips, []):           # a broken file is reported when it is read
+            with contextlib.suppress(Exception), Image.open(path) as image, Image.open(label_path) as label:
+                # Not a PNG's own getexif(), which decodes the image.
+                turn, label_turn = (Image.Image.getexif(x).get(0x0112, 1) for x in (image, label))
+                if turn > 1:
+                    self.turn = label_turn > 1 or label.size != image.size
+                    break
         if not self.turn:
-            print(f"{pathlib.Path(image).parent}: metadata of images ask to turn them, but their label maps "
-                  "fit the images as stored, so none is turned")
+            print(f"{pathlib.Path(path).parent}: metadata ask to turn images, but their label maps fit them "
+                  "as stored, so none is turned")
 
     def read(self, image_path, label_path=None):
-        """-> (H, W, 3) uint8 image and (H, W) uint8 classes, all IGNORE without a label map.
-
-        Raises InputError naming the file that can't be decoded, or has a wrong size, value or colour."""
+        """-> (H, W, 3) uint8 image and (H, W) uint8 classes, all IGNORE without a label map. Raises
+        InputError naming the file that can't be decoded, or has a wrong size, value or colour."""
         image = read_image(image_path, turn=self.turn)
         if label_path is None:
             return image, np.full(image.shape[:2], IGNORE, np.uint8)
@@ -84,10 +82,8 @@ class Reader:
 
     def check_colours(self, path, colours):
         """Raises InputError where the colours of an indexed label map say that its values are other classes
-        than IDS says, or than in the label maps before it. A ramp of greys says nothing.
-
-        Maps that were quantised from coloured ones have values in any order. The colour of a value must be
-        its class's; if its class has several values, it must only be no other class's."""
+        than IDS says (as if it was quantised), or than in the maps before it. A ramp of greys says nothing.
+        A value has its class's colour; if its class has several values, then only no other class's."""
         classes, palette = self.dataset.IDS, self.dataset.palette.astype(int)
         if all(colour == (value,) * 3 for value, colour in colours.items()):
             return
@@ -104,22 +100,13 @@ class Reader:
 def read_values(path, turn=True):
     """A label map -> its values, (H, W) uint8, and {value: (red, green, blue)} of those that occur if it is
     an indexed PNG, else {}. turn: upright, as its metadata say. Raises InputError for another kind."""
-    image, colours = open_image(path), {}
+    image = open_image(path)
     with open(path, "rb") as file:
         bits = file.read(25)[24]             # of a PNG
     # A JPEG changes the numbers, and Pillow would spread grey values of fewer bits over 0..255.
     if image.format != "PNG" or image.mode not in ("L", "P") or image.mode == "L" and bits < 8:
         raise InputError(f"{path}: is a {image.format} of mode {image.mode}, {bits} bits; save label maps as "
                          "PNG, grey or indexed, with 8-bit class numbers")
-    values = np.array(upright(image) if turn else image)
-    if image.mode == "P":
-        palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
-        colours = {v: tuple(palette[v].tolist()) for v in np.unique(values).tolist() if v < len(palette)}
-    return values, colours
-
-
-def look(path):
-    """(width, height) of an image file as stored, and its orientation; for one that can't be read 0, 0."""
-    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
-        return image.size, orientation(image)
-    return 0, 0
+    values, palette = np.array(upright(image) if turn else image), image.getpalette("RGB") or []
+    there = [value for value in np.unique(values).tolist() if 3 * value < len(palette)]
+    return values, {value: tuple(palette[3 * value:3 * value + 3]) for value in there}

@@ -1,5 +1,4 @@
-"""What the names of a video's images say: their clip, and their number in it. Nothing else knows
-what a clip is.
+"""What the names of a video's images say: their clip, and their number in it.
 
 A name consists of words of letters and digits. The frame's number is the last group of digits that is a word
 of its own, or that changes while all before it stays the same; 1.25 is one, too. Names of as many words have
