@@ -98,7 +98,7 @@ def seconds_per_pixel(run):
     def step():
         with run.autocast():
             model(images).float().sum().backward()
-    return milliseconds_in_turn({"step": step}, 1, run.device)["step"] / 1000 / (2 * 192 * 192)
+    return milliseconds_in_turn({"step": step}, 1)["step"] / 1000 / (2 * 192 * 192)
 
 
 def seconds_of(run, stages):
