@@ -243,13 +243,14 @@ def test_reconstructed_cell_is_what_the_paper_says(name):
     assert set(aggregations) == {"concat", also} and aggregations.count("concat") > aggregations.count(also)
 
 
+@torch.no_grad()
 def test_random_cells_run():
-    """Any genotype gives a cell of the right size and shape; every parameter that it holds takes part.
+    """Any genotype gives a cell of the right size and shape.
 
     Its parameters: its operations' and aggregations', a 1x1 conv-BN-ReLU to 64 for each input that it uses
     and that is not 64 wide, one more for the output, the classifier. Inputs that it leaves have no say."""
     table = {name: parameters(make(64)) for name, make in (ops.OPERATIONS | ops.AGGREGATIONS).items()}
-    for n, genotype in enumerate(random_genotypes(72, seed=2)):
+    for genotype in random_genotypes(72, seed=2):
         cell, nodes = DynamicCell(json.loads(genotype.to_json()), 11), len(genotype.output())
         used = {loc for x in genotype for loc in (x.loc1, x.loc2) if loc < 5}
         widths = [width for k, width in enumerate(CHANNELS.values()) if k in used and width != 64]
@@ -258,15 +259,8 @@ def test_random_cells_run():
                                     + 64 * 64 * nodes + 128 + 11 * (9 * 64 + 1))
         inputs = [x if k in used else torch.full_like(x, math.nan)
                   for k, x in enumerate(cell_inputs(dtype=torch.float32))]
-        backward = n % 6 == 0
-        with torch.set_grad_enabled(backward):
-            dec, pred = cell.train(backward)(*inputs)
+        dec, pred = cell.eval()(*inputs)
         assert dec.shape == (2, 64, 5, 6) and pred.shape == (2, 11, 5, 6) and torch.isfinite(pred).all()
-        if backward:
-            pred.square().mean().backward()
-            zero = any("zero" in (x.op1, x.op2) for x in genotype)      # behind it there is nothing to learn
-            assert all(p.grad is not None and torch.isfinite(p.grad).all()
-                       for name, p in cell.named_parameters() if name.startswith("classifier") or not zero)
 
 
 def test_cell_by_hand():
@@ -357,10 +351,6 @@ def test_gradient_through_time(video):
 
 # ---- A stream of pixels --------------------------------------------------------------------------
 
-def pixels(height, width, count=1):
-    return list(torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8))
-
-
 @pytest.fixture(scope="module")
 def segmenter():
     """Pads to 70 pixels. Its predictions differ between pixels and between frames."""
@@ -375,7 +365,7 @@ KINDS = {"tensor": lambda image: image,
          "read-only array": lambda image: np.broadcast_to(image.numpy(), image.shape)}
 
 
-@pytest.mark.parametrize("height, width, enlarge", [(60, 90, 0), (63, 67, 0), (80, 75, 64), (50, 21, 96)])
+@pytest.mark.parametrize("height, width, enlarge", [(60, 90, 0), (63, 67, 0), (80, 75, 64), (50, 18, 96)])
 def test_segment_by_hand(segmenter, height, width, enlarge, monkeypatch):
     """A longer side below `enlarge` is enlarged to it. Sides below 70 are padded to it with ImageNet's mean,
     evenly, the odd pixel after. The labels of the image alone come back, at its own size."""
@@ -384,7 +374,7 @@ def test_segment_by_hand(segmenter, height, width, enlarge, monkeypatch):
     (top, bottom), (left, right) = ((max(0, 70 - n) // 2, (max(0, 70 - n) + 1) // 2) for n in (h, w))
     mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.STD)
     state, own = None, None
-    for kind, image in zip(KINDS, pixels(height, width, len(KINDS))):
+    for kind, image in zip(KINDS, torch.randint(256, (4, height, width, 3), dtype=torch.uint8)):
         x = ((image / 255 - mean) / deviation).permute(2, 0, 1)[None]     # (1, 3, H, W)
         x = F.interpolate(x, (h, w), mode="bicubic")
         x = F.pad(x, (left, right, top, bottom)).double()
@@ -420,11 +410,8 @@ def test_segment_and_step_refuse(segmenter):
 
 # ---- Other static networks (Sect. 3.1: "not directly tied to a concrete architecture") -----------
 
-NETWORKS = [Arch2, Arch2Quarter, Plain]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [Arch2, Arch2Quarter, Plain])
 def test_static_network_and_its_cells(network):
     """The interface, as the docstring of StaticNetwork says it. Frames of 33 x 47, and every operation."""
     frames = torch.randn(2, 3, 3, 33, 47, **DOUBLE)
@@ -463,14 +450,8 @@ def test_arch2_quarter_by_hand():
     assert parameters(quarter) - parameters(Arch2(5)) == (24 * 64 + 128) + (9 * 64 + 64 * 64 + 128)
 
 
-def test_inputs_widths_and_the_controllers_count_agree():
+def test_inputs_and_the_controllers_count_agree():
     assert dyncell.INPUTS == tuple(CHANNELS)
-    everything = Genotype([(k, k, "skip", "skip", "sum") for k in range(5)])
-    for network in NETWORKS:
-        layer2, layer3, layer4 = network.channels[1:]
-        adapt = DynamicCell(everything, 2, static=network).adapt      # dec goes in as it is
-        assert {name: conv[0].in_channels for name, conv in adapt.items()} == dict(
-            layer4_prev=layer4, layer2=layer2, layer3=layer3, layer4=layer4)
     for cell in (DynamicCell, dyncell.DecoderCell):
         assert list(inspect.signature(cell.forward).parameters)[1:] == [*dyncell.INPUTS, "layer1"]
     assert inspect.signature(controller.Controller).parameters["num_inputs"].default == len(dyncell.INPUTS)
@@ -498,13 +479,14 @@ def test_load(network, genotype, tmp_path, monkeypatch):
     video.cell = genotype and make_cell(genotype, video.static, past=False)
     randomise(video, torch.randn(2, 2, 3, 64, 96, **DOUBLE))
     checkpoint(video, tmp_path / "x.pt", **(dict(network=None, recipe=None) if network is Arch2 else {}))
-    loaded, (image,) = VideoSegmenter.load(tmp_path / "x.pt"), pixels(60, 90)
+    loaded = VideoSegmenter.load(tmp_path / "x.pt")
     assert type(loaded.static) is network and not any(m.training for m in loaded.modules())
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert loaded.pad == (0 if network is Arch2 else 70)
     assert loaded.classes == list("abcde") and loaded.palette.tolist() == [[k, 0, 255] for k in range(5)]
     assert loaded.cell is None or loaded.cell.genotype == genotype and loaded.cell.past is False
     expected = video.half().float()                       # the same rounding
+    image = torch.randint(256, (60, 90, 3), dtype=torch.uint8)
     expected.pad, (_, state) = loaded.pad, loaded.segment(image)
     close(loaded.probabilities(image, state)[0], expected.probabilities(image, state)[0], 1e-4)
 
