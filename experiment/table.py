@@ -2,7 +2,7 @@
 
 Additions to the paper: control networks, seeds, key-frame intervals, val beside test."""
 import contextlib
-import itertools
+import functools
 import json
 import math
 import pathlib
@@ -25,8 +25,6 @@ from util.files import load, read_log, save
 from util.progress import Progress, duration
 
 
-# ---- the stages of a command ------------------------------------------------------------------------------
-
 NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 NEXT = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
 
@@ -38,13 +36,11 @@ def logs(run):
 
 def searched(run):
     """Whether every search has all its candidates, and the controller its last update."""
-    for strategy in strategies(run.recipe):
-        if not set(range(run.recipe.search_candidates)) <= read_log(run.path(SEARCHES[strategy][0])).keys():
-            return False
-    if "ppo" not in strategies(run.recipe):
-        return True
-    last = run.checkpoint("controller") if run.path("controller.pt").exists() else {"candidates": 0}
-    return last["candidates"] >= run.recipe.search_candidates
+    count, searches = run.recipe.search_candidates, strategies(run.recipe)
+    whole = [set(range(count)) <= read_log(run.path(SEARCHES[name][0])).keys() for name in searches]
+    if all(whole) and "ppo" in searches:
+        return run.path("controller.pt").exists() and run.checkpoint("controller")["candidates"] >= count
+    return all(whole)
 
 
 def done(run, stage):
@@ -63,8 +59,7 @@ def done(run, stage):
 @contextlib.contextmanager
 def stage(run, name, stages):
     """A context for a stage. Yields whether anything is to be done; prints the stage's number and its time,
-    draws its figures, and after the last stage prints what can be done next. Raises InputError if an earlier
-    stage is missing."""
+    draws its figures, and says what can be done next. Raises InputError if an earlier stage is missing."""
     if name in NEEDS and not run.finished(NEEDS[name]):
         raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
                          "needs it; run the earlier stages first")
@@ -85,46 +80,31 @@ def stage(run, name, stages):
         Progress.stage, Progress.ends, Progress.after = "", 0, None
     if missing:
         run.taken[name] = time.time() - start
-    took = f"done in {duration(run.taken[name])}" if missing else "nothing is missing"
-    print(f"{name}: {took}", flush=True)
+    print(f"{name}:", f"done in {duration(run.taken[name])}" if missing else "nothing is missing", flush=True)
     if run.rank == 0:
         for path in figures.draw(run.folder, name, again=missing):
             print(f"{name}: drew {path}")
         if name == "evaluate":
-            print_table(load(run.path("results.json")))
-            print_rise(run)
-            if run.recipe.static == "none" and run.recipe.static_epochs < 5:
-                print("\nThese numbers mean nothing: the run only shows that everything works "
-                      f"(--static-epochs {run.recipe.static_epochs}).")
-            print(f"\nThe figures are in {run.path('figures')}. To segment a video of your own:\n    "
-                  f"python train.py --stage predict --run {shlex.quote(str(run.folder))} --input "
-                  "FRAMES_DIR_OR_GIF --output OUT")
+            print_end(run)
         elif name == stages[-1]:
             print(f"next: the same command with --stage {NEXT[name]}")
     run.barrier()
 
 
-# ---- latency ----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def weigh_latency(run, genotype, static, stored, entry):
-    """A candidate's reward times (time / target) ** -latency_weight, and its time in the log. [ours], after
-    the outlook in Sect. 1. The early stop compares half-way rewards without it.
-
-    The time is the cell's, in ms per frame: batch norms folded, batch 1. It is measured, so such a search is
-    only as reproducible as the machine's times."""
+    """A candidate's reward times (time / target) ** -latency_weight, and its time in the log: [ours], after
+    the outlook in Sect. 1. The time is the cell's in ms, batch norms folded, batch 1. It is measured, so such
+    a search is only as reproducible as the machine's times. The early stop's rewards are without it."""
     if not run.recipe.latency_weight:
         return
     names = ["layer4", "dec", "layer2", "layer3", "layer4"]       # as DynamicCell takes them
     names += ["layer1"] * ("layer1" in stored.maps)               # stored only if it is needed
     inputs = [stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last) for name in names]
-
-    def timed(genotype):
-        cell = fold_batchnorm(run.to_device(make_cell(genotype, static)).eval())
-        return lambda: cell(*inputs)
-
-    ms = milliseconds_in_turn({"cell": timed(genotype), "decoder": timed(DECODER)})
-    entry["ms"], target = ms["cell"], run.recipe.latency_target or ms["decoder"]
+    calls = {kind: functools.partial(fold_batchnorm(run.to_device(make_cell(kind, static)).eval()), *inputs)
+             for kind in (genotype, DECODER)}
+    ms = milliseconds_in_turn(calls)
+    target, entry["ms"] = run.recipe.latency_target or ms[DECODER], ms[genotype]
     entry["reward"] *= (entry["ms"] / target) ** -run.recipe.latency_weight
 
 
@@ -137,12 +117,11 @@ def frame_costs(run, video):
     _, state = video.step(image)
     calls = {"ms_encoder": lambda: video.static.encode(image), "ms_key_frame": lambda: video.step(image),
              "ms_later_frame": lambda: video.step(image, state)}
-    info, device = pathlib.Path("/proc/cpuinfo"), run.device      # Linux has it
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        model = re.search("model name\\s*: (.*)", info.read_text() if info.exists() else "")
-        machine = f"{device} ({model[1] if model else 'unknown'}), {torch.get_num_threads()} threads"
+    info = pathlib.Path("/proc/cpuinfo")     # Linux has it
+    model = re.search("model name\\s*: (.*)", info.read_text() if info.exists() else "")
+    machine = f"{run.device} ({model[1] if model else 'unknown'}), {torch.get_num_threads()} threads"
+    if run.device.type == "cuda":
+        machine = torch.cuda.get_device_name(run.device)
     return {"parameters": count, "multiply_adds": multiply_adds(calls["ms_later_frame"]),
             **milliseconds_in_turn(calls, repeats=9), "machine": f"{machine}, torch {torch.__version__}"}
 
@@ -154,8 +133,6 @@ def mean_ms(costs, every, lengths):
     later = sum(lengths) - keys
     return (keys * costs["ms_key_frame"] + later * costs["ms_later_frame"]) / sum(lengths)
 
-
-# ---- the rows ---------------------------------------------------------------------------------------------
 
 class Table:
     """The rows of results.json. Each is saved at once, so an interrupted evaluation continues."""
@@ -170,15 +147,12 @@ class Table:
             self.rows = []
 
     def missing(self):
-        """[(network, key-frame intervals)] of the rows that have no scores yet. Empty except in rank 0,
-        which evaluates alone."""
+        """[(network, key-frame intervals)] without scores. Empty except in rank 0, which evaluates alone."""
         made, rows = {(row["name"], row["key_frame_every"]) for row in self.rows}, []
         for network in [Network("static", "baseline"), *networks(self.run)]:
             intervals = dict.fromkeys(self.run.recipe.key_frames) if network.genotype else [1]
-            intervals = [every for every in intervals if (network.name, every) not in made]
-            if intervals:
-                rows.append((network, intervals))
-        return rows if self.run.rank == 0 else []
+            rows.append((network, [every for every in intervals if (network.name, every) not in made]))
+        return [row for row in rows if row[1] and self.run.rank == 0]
 
     def add(self, network, every, costs, scores):
         self.rows.append(new_row(self.run, network, every, costs, scores))
@@ -203,12 +177,10 @@ def new_row(run, network, every, costs, scores):
     what was not measured."""
     def known(values):
         return {name: None if value != value else value for name, value in values.items()}
-
-    clips = [len(clip) for clip in run.frames(run.splits[-1]).clips()]
     row = {"name": network.name, "title": network.title, "seed": network.seed, "control": network.control,
            "key_frame_every": every, "genotype": network.genotype and str(network.genotype), **costs,
            "ms_sequence": mean_ms(costs, every, [run.recipe.sequence_length]),
-           "ms_clip": mean_ms(costs, every, clips)}
+           "ms_clip": mean_ms(costs, every, list(map(len, run.frames(run.splits[-1]).clips())))}
     for split, values in scores.items():
         row[split] = {**known(values), "iou": known(values["iou"])}
         if set(row[split]["iou"].values()) == {None}:             # not one labelled pixel: 0 is no score
@@ -217,9 +189,8 @@ def new_row(run, network, every, costs, scores):
 
 
 def evaluate_network(run, path, evaluate_video, enlarge=0):
-    """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved. It needs
-    none of the run's trainings. evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises
-    InputError."""
+    """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved.
+    evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises InputError."""
     path, video, classes = pathlib.Path(path), VideoSegmenter.load(path), run.frames("val").dataset.classes
     if video.classes != list(classes):
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
@@ -241,12 +212,11 @@ def differing_frames(frames, baseline, cell, cell_name):
     baseline, cell: iterators over (frame number, label map, label)."""
     best, quarter = {}, math.ceil(len(frames.list) / 4)           # {quarter: (share, frame, its two maps)}
     for k, b, label in cell:
-        if frames.list[k].label is None:                          # the baseline leaves these out
-            continue
-        (_, a, _), counted = next(baseline), label != data.IGNORE
-        share = ((a != b) & counted).sum().item() / max(1, counted.sum().item())
-        if k // quarter not in best or share > best[k // quarter][0]:
-            best[k // quarter] = share, k, a.cpu(), b.cpu()
+        if frames.list[k].label is not None:                      # the baseline leaves out the others
+            (_, a, _), counted = next(baseline), label != data.IGNORE
+            share = ((a != b) & counted).sum().item() / max(1, counted.sum().item())
+            if k // quarter not in best or share > best[k // quarter][0]:
+                best[k // quarter] = share, k, a.cpu(), b.cpu()
     shares, numbers, *maps = zip(*best.values())
     (images, labels), dataset = frames[torch.tensor(numbers)], frames.dataset
     return {"images": images.cpu(), "labels": labels.cpu(), "baseline": torch.stack(maps[0]),
@@ -255,11 +225,9 @@ def differing_frames(frames, baseline, cell, cell_name):
             "classes": list(dataset.classes), "palette": [list(map(int, c)) for c in dataset.palette]}
 
 
-# ---- what is printed --------------------------------------------------------------------------------------
-
-# The columns and their widths; docs/glossary.md explains them.
+# The columns of the table and their widths; docs/glossary.md explains them.
 COLUMNS = {"key frame": 10, "mIoU": 10, "consistency": 11, "parameters": 11, "mult-adds": 9, "ms later": 9,
-           "sequence": 8, "clip": 6, "/ encoder": 9, "val mIoU": 10, "": 3}
+           "sequence": 8, "clip": 6, "/ encoder": 9, "val mIoU": 10}
 
 
 def percent(values):
@@ -270,19 +238,16 @@ def percent(values):
     return f"{100 * statistics.mean(values):.1f}{std}"
 
 
-def print_line(title, cells, widths=itertools.repeat(10)):
-    print(f"{title:38}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths)).rstrip())
+def print_line(title, cells, widths):
+    print(f"{title:38}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
 def print_table(results):
     """Prints the rows of results.json: mIoU as in Table 3 (CityScapes: Table 4), parameters and times as in
     Table 5; then the IoU of each class at a network's first key-frame interval, and the genotypes."""
-    split, groups, machines, first = results["reported"], {}, {}, {}
+    split, groups, first = results["reported"], {}, {}
     for row in results["rows"]:                                   # the seeds of a row are reported as one
         groups.setdefault((row["title"], row["key_frame_every"]), []).append(row)
-        machines.setdefault(row["machine"], f"[{len(machines) + 1}]")
-    if len(machines) == 1:                                        # else times don't compare: each has a mark
-        machines = dict.fromkeys(machines, "")
     print(f"\n{split} split; scores in %, ±: standard deviation over seeds; multiply-adds in G; times in ms")
     print_line("", COLUMNS, COLUMNS.values())
     for (title, every), rows in groups.items():
@@ -292,29 +257,29 @@ def print_table(results):
             *(percent([row[split][name] for row in rows]) for name in ("miou", "consistency")),
             f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e9:.2f}", f"{row['ms_later_frame']:.1f}",
             f"{row['ms_sequence']:.1f}", f"{row['ms_clip']:.1f}", f"{statistics.median(ratios):.2f}",
-            percent([row["val"]["miou"] for row in rows]), machines[row["machine"]]], COLUMNS.values())
+            percent([row["val"]["miou"] for row in rows])], COLUMNS.values())
         first.setdefault(title, rows)
-    for name, mark in machines.items():
-        print(f"times {mark} on {name}".replace("  ", " "))
-
-    classes = list(results["rows"][0][split]["iou"])
-    print()
-    print_line("IoU of each class, first key frame", [name[:10] for name in classes])
+    print("times on", "; ".join(dict.fromkeys(row["machine"] for row in results["rows"])), end="\n\n")
+    widths = dict.fromkeys(row[split]["iou"], 10)                 # {class: width}
+    print_line("IoU of each class, first key frame", [name[:10] for name in widths], widths.values())
     for title, rows in first.items():        # the means alone
-        ious = [percent([row[split]["iou"][name] for row in rows]).split()[0] for name in classes]
-        print_line(title, ious)
+        ious = [percent([row[split]["iou"][name] for row in rows]).split()[0] for name in widths]
+        print_line(title, ious, widths.values())
     for title, rows in first.items():
         if rows[0]["genotype"]:
             print(f"{title}: {rows[0]['genotype']}")
 
 
-def print_rise(run, parts=4):
-    """Prints a line for each search that shows whether later candidates have higher rewards (Fig. 3)."""
-    for strategy in strategies(run.recipe):
-        file, _, title = SEARCHES[strategy]
+def print_end(run):
+    """Prints the table, whether later candidates have higher rewards (Fig. 3), and how to go on."""
+    print_table(load(run.path("results.json")))
+    for file, _, title in (SEARCHES[strategy] for strategy in strategies(run.recipe)):
         rewards = [entry["reward"] for _, entry in sorted(read_log(run.path(file)).items())]
-        size = len(rewards) // parts
-        if size:
-            means = [statistics.mean(rewards[k * size:(k + 1) * size]) for k in range(parts)]
-            print(f"mean reward of {title}'s candidates, {size} at a time: "
-                  + " ".join(f"{mean:.2f}" for mean in means))
+        if size := len(rewards) // 4:
+            means = [f"{statistics.mean(rewards[k * size:(k + 1) * size]):.2f}" for k in range(4)]
+            print(f"mean reward of {title}'s candidates, {size} at a time: {' '.join(means)}")
+    if run.recipe.static == "none" and run.recipe.static_epochs < 5:
+        print("\nThese numbers mean nothing: the run only shows that everything works "
+              f"(--static-epochs {run.recipe.static_epochs}).")
+    print(f"\nThe figures are in {run.path('figures')}. To segment a video of your own:\n    python train.py "
+          f"--stage predict --run {shlex.quote(str(run.folder))} --input FRAMES_DIR_OR_GIF --output OUT")

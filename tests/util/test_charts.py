@@ -8,17 +8,16 @@ import data
 from util import charts
 
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
-PALETTE = np.array([(10, 20, 30), (200, 0, 0), (0, 200, 0)], np.uint8)
+PALETTE = [(10, 20, 30), (200, 0, 0), (0, 200, 0)]
 
 
 def test_colours_by_hand_and_indexed_files(tmp_path):
-    colours = charts.colourise(torch.from_numpy(LABELS), PALETTE.tolist())
-    assert colours.dtype == np.uint8
-    assert colours.tolist() == [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [0, 0, 0]]]
-    assert charts.colourise(LABELS, PALETTE, 255)[1, 1].tolist() == [255] * 3
+    for ignored in 0, 255:
+        colours = charts.colourise(torch.from_numpy(LABELS), PALETTE, ignored)
+        assert colours.tolist() == [[[10, 20, 30], [200, 0, 0]], [[0, 200, 0], [ignored] * 3]]
     image = np.full((2, 2, 3), 100, np.uint8)
-    expected = [[[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
-    assert charts.overlay(image, LABELS, PALETTE).tolist() == expected
+    assert charts.overlay(image, LABELS, PALETTE).tolist() == [
+        [[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
     assert (charts.overlay(image, LABELS, PALETTE, alpha=0) == 100).all()
     for values in (LABELS, LABELS.T, LABELS.astype(np.int64)):    # and not contiguous
         charts.save_indexed(str(tmp_path / "a.png"), values, PALETTE)
@@ -32,7 +31,7 @@ def test_ticks_enclose_the_values():
     for values, ticks in (([0.31, 0.68], "0.3 0.4 0.5 0.6 0.7"), ([-12.1, 7], "-15 -10 -5 0 5 10"),
                           ([0.3], "-0.2 0 0.2 0.4 0.6 0.8"), ([], "0 0.2 0.4 0.6 0.8 1")):
         assert " ".join(charts.round_ticks(values).values()) == ticks
-    assert [*charts.round_ticks([1, 3], least=1)] == [1, 2, 3]
+    assert [*charts.round_ticks([1, 3], least=1)] == [1, 2, 3]            # whole numbers
 
 
 class Videos:
