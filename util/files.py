@@ -24,9 +24,8 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:                          # a full disk: the previous file is kept
+    finally:                                 # after a full disk: the previous file is kept
         beside.unlink(missing_ok=True)
-        raise
 
 
 def load(path):
@@ -53,30 +52,25 @@ def fill(module, state, path):
                          "--run") from None
 
 
-CANDIDATE = "candidate", "tokens", "reward", "half_reward", "status"      # fields of a search's log
-
-
-def read_log(path, cut=False, fields=CANDIDATE):
-    """A log in JSON lines -> {entry[fields[0]]: entry} in the file's order; {} if there is no file. Each
-    entry is a dict with at least these fields.
+def read_log(path, cut=False):
+    """A search's log, a line of JSON per candidate -> {number: entry} in the file's order; {} if none exists.
 
     An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
-    the file. Raises InputError for any other bad line, and for two lines with the same fields[0]."""
+    the file. Raises InputError for any other bad line, and for two lines of one candidate."""
     if not path.exists():
         return {}
     whole, newline, torn = path.read_bytes().rpartition(b"\n")
     if torn and cut:
         print(f"{path}: the last line is incomplete and was removed")
-        with open(path, "r+b") as file:
-            file.truncate(len(whole + newline))
-    log, key = {}, fields[0]
+        os.truncate(path, len(whole + newline))
+    log, fields = {}, {"candidate", "tokens", "reward", "half_reward", "status"}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             entry = json.loads(line)
-            if entry[key] in log or not set(fields) <= entry.keys():
+            if entry["candidate"] in log or not fields <= entry.keys():
                 raise ValueError
-            log[entry[key]] = entry
+            log[entry["candidate"]] = entry
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{path}: line {number} is not a {key}'s, or its {key} has two lines; restore "
-                             "the file or use another --run") from None
+            raise InputError(f"{path}: line {number} is not a candidate's, or the second of one; restore the "
+                             "file or use another --run") from None
     return log

@@ -14,33 +14,28 @@ class Progress:
     ends = 0                                 # time when this stage is expected to end: it may have more lines
     after = None                             # seconds expected for the later stages, if known
 
-    def __init__(self, title, total, done=0, unit=""):
-        self.title, self.total, self.first, self.unit = title, total, done, unit
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.first = title, total, done
         self.start, self.last = time.time(), None
         self.tty = getattr(sys.stdout, "isatty", lambda: False)()         # stdout may be None
 
-    def update(self, done, **figures):
-        now = time.time()
+    def update(self, done, total=None, **figures):
+        """A step. total: for work whose total is known only after it has begun."""
+        now, self.total = time.time(), total or self.total
         pace = (now - self.start) / max(done - self.first, 1)             # seconds a step
         if self.last is None:                # the first step warms up: later estimates leave it out
             self.first, self.start = done, now
         elif now - self.last < (0.2 if self.tty else 30) and done != self.total:
             return
         self.last = now
-        of = f"/{self.total:,}" if self.total else ""
-        parts = [f"{self.stage}{self.title} {done:,}{of}{self.unit}"]
-        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+        text = f"{self.stage}{self.title} {done:,}" + (f"/{self.total:,}" if self.total else "")
+        text += "".join(f"  {name} {value:.4g}" for name, value in figures.items())
         if done < self.total:
             left = pace * (self.total - done)
-            parts.append(f"{duration(left)} left")
+            text += f"  {duration(left)} left"
             if self.after is not None:
-                parts[-1] += f", {duration(max(left, self.ends - now) + self.after)} of all stages"
-        self.say("  ".join(parts), end="" if self.tty and done != self.total else "\n")
-
-    def show(self, done, total):
-        """update() for work whose total is known only after it has begun."""
-        self.total = total
-        self.update(done)
+                text += f", {duration(max(left, self.ends - now) + self.after)} of all stages"
+        self.say(text, end="" if self.tty and done != self.total else "\n")
 
     def say(self, text, end="\n"):
         """Prints a line in place of the line of progress."""

@@ -38,7 +38,7 @@ def lines(*candidates):
 
 
 @pytest.mark.parametrize("text", [
-    "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0]), "\n"])
+    "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0])])
 def test_a_log_with_a_line_that_is_no_candidates_is_refused(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text + lines(5))
     with pytest.raises(InputError, match="log.jsonl: line [0-9]+ is not a candidate's"):

@@ -33,8 +33,8 @@ def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(Progress, "stage", "[2/4] ")
     monkeypatch.setattr(Progress, "after", 3600.0)
-    text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2, unit=" kB")
-    assert text == "\r\033[K[2/4] search 7/1,000 kB  loss 0.25  17 min left, 77 min of"          # 60 columns
+    text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2)
+    assert text == "\r\033[K[2/4] search 7/1,000  loss 0.25  17 min left, 77 min of all"         # 60 columns
     assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
 
 
