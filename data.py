@@ -16,6 +16,7 @@ and colours. Your own videos need a few lines, a subclass of CamVid: docs/runnin
 """
 import collections
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -506,6 +507,13 @@ class Frames:
         arrays, _ = read_all(self._read, [self.list[k] for k in index.flatten().tolist()])
         arrays = (torch.from_numpy(array).to(self.device) for array in arrays)            # (N, H, W, ...)
         return tuple(array.reshape(*index.shape, *array.shape[1:]) for array in arrays)
+
+    @functools.cached_property
+    def shares(self):
+        """(C,): each class's share of the labelled pixels."""
+        counts = sum(self[k][1].flatten().bincount(minlength=256) for k in range(len(self.list)))
+        counts = counts[:len(self.dataset.classes)]
+        return counts / counts.sum()
 
     def windows(self, length):
         """The windows of `sequences` as frame numbers, (N, length)."""

@@ -77,6 +77,8 @@ class Recipe:
     auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")
     gradient_norm: float = field("pretrain", 3.0, "[18]: pre-training's gradients, clipped; 0: not", 0)
     loss_stride: int = field("pretrain", 4, "[ours]: every loss is taken at 1/4 of the image")
+    class_weights: float = field("pretrain", 0.0, "[ours], ENet: K of a class's weight in every loss, "
+                                 "1 / log(K + its share of the pixels); 0: all weigh 1", 0)
 
     # Sect. 4, 4.1: the search
     sequence_length: int = field("search", 3, "Sect. 4: consecutive frames in a training sequence", 2)
@@ -146,13 +148,24 @@ def recipe_for(dataset, schedule, **changes):
 
 # ---- what every training does -----------------------------------------------------------------------------
 
-def cross_entropy(logits, labels, stride):
-    """Mean over the labelled pixels; zero where there is none. logits (N, C, h, w), labels (N, H, W) uint8.
-    [ours] Both are brought to 1/stride of the image, the logits bilinearly."""
+def class_weights(run):
+    """[ours] (C,): w = 1 / log(K + p), as in ENet (Paszke et al., 2016), where p is a class's share of the
+    labelled pixels of train; scaled to a mean of 1 over these pixels. None where K is 0."""
+    K = run.recipe.class_weights
+    if not K:
+        return None
+    p = run.frames("train").shares                                # (C,)
+    w = 1 / torch.log(K + p)
+    return w / (w * p).sum()
+
+
+def cross_entropy(logits, labels, stride, weight=None):
+    """Mean over the labelled pixels; zero where there is none. logits (N, C, h, w), labels (N, H, W) uint8,
+    weight (C,). [ours] Both are brought to 1/stride of the image, the logits bilinearly."""
     size = [math.ceil(side / stride) for side in labels.shape[-2:]]
     logits = resize(logits.float(), size)                         # (N, C, H/stride, W/stride)
     labels = data.downsample_labels(labels, size)
-    total = F.cross_entropy(logits, labels.long(), ignore_index=data.IGNORE, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), weight, ignore_index=data.IGNORE, reduction="sum")
     return total / (labels != data.IGNORE).sum().clamp(min=1)
 
 
@@ -196,6 +209,7 @@ def pretrain(run):
     random (data.augment). The loss is CE(pred) + 0.3 * the sum over blocks of CE(auxiliary)."""
     r, frames = run.recipe, run.frames("train")
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
+    weight = class_weights(run)
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = STATICS[r.static_network](run.num_classes, "cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
@@ -214,8 +228,8 @@ def pretrain(run):
             labels = labels[:, 0]                                 # (B, h, w)
             with run.autocast():
                 pred, auxiliary = model.forward_auxiliary(images)     # arch2: (B, C, h/8, w/8), three such
-            others = sum(cross_entropy(other, labels, r.loss_stride) for other in auxiliary)
-            loss = cross_entropy(pred, labels, r.loss_stride) + r.auxiliary_weight * others
+            others = sum(cross_entropy(other, labels, r.loss_stride, weight) for other in auxiliary)
+            loss = cross_entropy(pred, labels, r.loss_stride, weight) + r.auxiliary_weight * others
             rate = (1 - done) ** r.poly_power
             if r.static_rate == "cosine":                         # [ours] after 50 steps of warm-up
                 rate = min(1, (epoch.step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
@@ -307,8 +321,8 @@ def unroll(run, cell, frames):
 
 def cell_loss(run, cell, frames):
     """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
-    stride, results = run.recipe.loss_stride, unroll(run, cell, frames)
-    return sum(cross_entropy(pred, labels, stride) for pred, labels in results)
+    stride, weight = run.recipe.loss_stride, class_weights(run)
+    return sum(cross_entropy(pred, labels, stride, weight) for pred, labels in unroll(run, cell, frames))
 
 
 # ---- Sect. 3.3, 4.1: the search ---------------------------------------------------------------------------
@@ -453,7 +467,7 @@ def finetune_end_to_end(run, network):
     network's own prediction of the last frame counts instead. The static network's batch norms keep their
     statistics."""
     r, frames = run.recipe, run.frames("train")
-    windows = frames.windows(r.sequence_length)                   # (N, T)
+    windows, weight = frames.windows(r.sequence_length), class_weights(run)       # (N, T), (C,)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
     optimizers = [SGD(video.static.parameters(), r.end_lr_static, r.momentum, weight_decay=r.weight_decay)]
     if video.cell is not None:
@@ -470,7 +484,8 @@ def finetune_end_to_end(run, network):
                 logits = list(video(images).unbind(dim=1))        # (B, T, 3, h, w) -> T of (B, C, h/8, w/8)
                 if video.cell is not None and (labels[:, 0] == data.IGNORE).all():
                     logits[0], labels[:, 0] = video.static(images[:, -1]), labels[:, -1]
-            loss = sum(cross_entropy(pred, labels[:, t], r.loss_stride) for t, pred in enumerate(logits))
+            loss = sum(cross_entropy(pred, labels[:, t], r.loss_stride, weight)
+                       for t, pred in enumerate(logits))
             update(loss, optimizers, (1 - done) ** r.poly_power, run.world)
             epoch.log(loss)
 

@@ -18,7 +18,7 @@ from util.progress import duration
 # short: two to two and a half hours on two cores, 8 GB. Its pre-training: the trials of docs/results.md. The
 # controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
-    auxiliary_cell=False, gradient_norm=0, loss_stride=2,
+    auxiliary_cell=False, gradient_norm=0, loss_stride=2, class_weights=1.1,
     static_epochs=40, static_batch=8, static_crop=(384, 480), static_scale_least=1.0,
     static_optimizer="adamw", static_lr_encoder=2e-4, static_lr_decoder=8e-4, static_weight_decay=1e-2,
     static_rate="cosine", static_average=0.99, validate_every=10,
@@ -53,7 +53,8 @@ SCHEDULES = {
     ("camvid", "short"): SHORT,
     ("camvid", "smoke"): SMOKE,
     ("cityscapes", "short"): dict(
-        SHORT, sequence_length=2, input_longer_side=1024, input_crop=512, cell_layers=4, key_frames=(0,)),
+        SHORT, class_weights=0, sequence_length=2, input_longer_side=1024, input_crop=512, cell_layers=4,
+        key_frames=(0,)),
     ("cityscapes", "smoke"): dict(SMOKE, sequence_length=2, input_longer_side=1024, input_crop=512),
     ("synthetic", "paper"): dict(
         encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),

@@ -2,6 +2,7 @@
 
 How trainings are stopped and continued is tested in experiment/test_runs.py, the flags in test_options.py.
 """
+import collections
 import dataclasses
 import itertools
 import json
@@ -63,7 +64,7 @@ def test_the_controller_knows_how_many_operations_there_are():
 
 # ---- a step
 
-def naive_cross_entropy(logits, labels, stride):
+def naive_cross_entropy(logits, labels, stride, weight=(1, 1, 1)):
     """In float64: each pixel of the loss by itself, the logits (at 1/8) bilinear between their pixels'
     centres, the label of the pixel just below and right of the middle of its block of stride x stride."""
     (_, _, h, w), (N, H, W), losses = logits.shape, labels.shape, []
@@ -75,7 +76,7 @@ def naive_cross_entropy(logits, labels, stride):
         y, x = (np.clip((at + 0.5) * stride / 8 - 0.5, 0, side - 1) for at, side in ((r, h), (c, w)))
         tents = np.maximum(0, 1 - abs(y - np.arange(h)))[:, None] * np.maximum(0, 1 - abs(x - np.arange(w)))
         z = (logits[n] * tents).sum((1, 2))
-        losses.append(np.log(np.exp(z).sum()) - z[label])
+        losses.append(weight[label] * (np.log(np.exp(z).sum()) - z[label]))
     return np.mean(losses)
 
 
@@ -89,6 +90,21 @@ def test_cross_entropy_against_a_naive_loop_at_each_resolution(stride, size):
     expected = naive_cross_entropy(logits.double().numpy(), labels.numpy(), stride)
     assert train.cross_entropy(logits, labels, stride).item() == pytest.approx(expected, rel=1e-5)
     assert train.cross_entropy(logits, torch.full_like(labels, data.IGNORE), stride).item() == 0
+    weight = torch.tensor([0.5, 3.0, 1.0])
+    expected = naive_cross_entropy(logits.double().numpy(), labels.numpy(), stride, weight.numpy())
+    assert train.cross_entropy(logits, labels, stride, weight).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rare_class_weighs_more_and_the_mean_over_pixels_is_one(run):
+    """1 / log(K + p), with shares p counted pixel by pixel; 0: none."""
+    assert train.class_weights(run) is None
+    run.recipe.class_weights, counts = 1.1, collections.Counter()
+    for frame in run.frames("train").list:
+        counts.update(run.dataset("train").read(frame)[1].ravel().tolist())
+    del counts[data.IGNORE]
+    p = np.array([counts[k] for k in range(run.num_classes)]) / sum(counts.values())
+    expected = 1 / np.log(1.1 + p)
+    assert train.class_weights(run).tolist() == pytest.approx(expected / (expected @ p), rel=1e-5)
 
 
 @pytest.mark.parametrize("norm, steps", [(0, (5, 0.5, 13)), (2, (2, 0.5, 2)), (7, (5, 0.5, 7))])
@@ -435,16 +451,19 @@ class FirstStep(Exception):
 
 def first_step(monkeypatch, training, *arguments):
     """(loss, optimisers, norm) of a training's first step. Each cross-entropy of labelled pixels is 1."""
+    class_weights = torch.ones(1)
+
     def update(loss, optimizers, rate, world, norm=0.0):
         assert rate == 1
         raise FirstStep(float(loss), optimizers, norm)
 
-    def cross_entropy(logits, labels, stride):
-        assert stride == 2 and logits.shape[-1] == labels.shape[-1] / 8
+    def cross_entropy(logits, labels, stride, weight):
+        assert weight is class_weights and stride == 2 and logits.shape[-1] == labels.shape[-1] / 8
         return (labels != data.IGNORE).any().float()
 
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(train, "class_weights", lambda run: class_weights)
     with pytest.raises(FirstStep) as caught:
         training(*arguments)
     return caught.value.args
