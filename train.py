@@ -133,9 +133,8 @@ SCHEDULES = {
     ("camvid", "paper"): {},
     ("cityscapes", "paper"): dict(
         static_epochs=1000, static_batch=28, static_crop=(800, 800), validate_every=50,
-        sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0,
-        cell_layers=4, search_epochs=10,
-        cell_epochs=200, end_epochs=200, end_crop=(769, 769), key_frames=(0,)),
+        sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0, cell_layers=4,
+        search_epochs=10, cell_epochs=200, end_epochs=200, end_crop=(769, 769), key_frames=(0,)),
     **schedules.SCHEDULES,
 }
 
@@ -471,8 +470,7 @@ def finetune_end_to_end(run, network):
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
     optimizers = [SGD(video.static.parameters(), r.end_lr_static, r.momentum, weight_decay=r.weight_decay)]
     if video.cell is not None:
-        cell = video.cell.parameters()
-        optimizers.append(Adam(cell, r.end_lr_cell, weight_decay=r.weight_decay, fused=True))
+        optimizers += [Adam(video.cell.parameters(), r.end_lr_cell, weight_decay=r.weight_decay, fused=True)]
     parts = dict(video.named_children())                          # static, and cell where there is one
     for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers):
         video.train()

@@ -3,7 +3,6 @@
     from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
                                          to be read or copied, never written to
     start(folder, *arguments)            train.main in a process of its own, which may be killed
-    as_script(monkeypatch, name, ...)    a script's last lines, too
 """
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ import runpy
 import shutil
 import sys
 import threading
-import typing
+import types
 
 import pytest
 import torch
@@ -22,8 +21,7 @@ import data
 import dyncell
 import train
 from dyncell import Arch2
-from experiment import networks, table
-from experiment import runs
+from experiment import runs, table
 
 ROOT, HERE = pathlib.Path(train.__file__).parent, pathlib.Path(__file__).parent
 ARGUMENTS = ("--schedule smoke --seed 2 --search-strategy both --static-epochs 3 --static-batch 8 "
@@ -86,19 +84,6 @@ def arguments_of(folder):
     return [*ARGUMENTS, "--encoder-weights", str(encoder), "--run", str(folder)]
 
 
-def save_encoder_weights(path):
-    torch.manual_seed(0)
-    videos = data.Synthetic(None, "train")
-    images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips[:4]])
-    static = calibrated(Arch2(6), data.normalise(images))
-    torch.save(static.encoder.state_dict(), path)
-
-
-class Ended(typing.NamedTuple):
-    status: int                              # negative: the signal that ended it
-    output: str
-
-
 def as_script(monkeypatch, name, *arguments):
     """`python NAME ARGUMENTS`, but for the process: importing torch takes seconds. -> exit status"""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -122,19 +107,18 @@ def content_of(folder):
 
 
 def start(folder, *arguments, kill=None, limit=None):
-    """The small run's command in a process of its own.
-
-    kill: (seconds, signal) or None; limit: the largest file that may be written, in bytes, or None"""
+    """The small run's command in a process of its own. kill: None, or (seconds, signal) from when run_main's
+    handlers are there; limit: the largest file that may be written, in bytes, or None."""
     return run_forked(command, folder, [*arguments_of(folder), *arguments], kill, limit)
 
 
 def run_forked(function, folder, *arguments):
-    """function(file for what it prints, *arguments) in a process of its own."""
+    """function(file for what it prints, *arguments) in a process of its own -> its .status and .output."""
     out = folder.parent / f"{folder.name}.out"
     process = FORKED.Process(target=function, args=(out, *arguments))
     process.start()
     process.join()
-    return Ended(process.exitcode, out.read_text())
+    return types.SimpleNamespace(status=process.exitcode, output=out.read_text())     # -9: killed by signal 9
 
 
 def write_to(out):
@@ -148,14 +132,14 @@ def command(out, arguments, kill, limit):
     make_small(setattr)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    timer = threading.Timer(kill[0], os.kill, (os.getpid(), kill[1])) if kill else None
+    seconds, number = kill or (1e6, 0)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+    timer.daemon = True                      # a mistake ends the process at once
 
     def main():
-        if timer:                            # from here on run_main's handlers are there
-            timer.start()
+        timer.start()
         train.main(arguments)
-        if timer:
-            timer.cancel()
+        timer.cancel()
     data.run_main(main)
 
 
@@ -167,7 +151,11 @@ def smoke(tmp_path_factory):
         folder.parent.mkdir()
         with pytest.MonkeyPatch.context() as patch:
             make_small(patch.setattr)
-            save_encoder_weights(folder.parents[1] / "encoder.pth")
+            torch.manual_seed(0)
+            videos = data.Synthetic(None, "train")
+            images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips])
+            static = calibrated(Arch2(6), data.normalise(images))
+            torch.save(static.encoder.state_dict(), folder.parents[1] / "encoder.pth")
         ended = start(folder)
         assert ended.status == 0, ended.output
     return folder
