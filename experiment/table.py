@@ -164,8 +164,7 @@ class Table:
         if run.rank:
             return
         cells = [row for row in self.rows if row["genotype"] and row["key_frame_every"] == first]
-        cells = [row for row in cells if not row["control"]] or cells
-        best = max(cells, key=lambda row: row["val"]["miou"] or 0)["name"]
+        best = max(cells, key=lambda row: (not row["control"], row["val"]["miou"] or 0))["name"]
         both = [segment_clips(run, name, run.load(name), split, every)
                 for name, every in (("baseline", 1), (best, first))]
         save(run.path("examples.pt"), differing_frames(run.frames(split), *both, best))

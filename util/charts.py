@@ -27,10 +27,10 @@ def colourise(labels, palette, ignored=0):
     return colours[np.asarray(labels)]
 
 
-def overlay(image, labels, palette, alpha=0.5):
-    """Image and labels' colours, with weight `alpha` -> (H, W, 3) uint8. Ignored pixels keep the image's."""
+def overlay(image, labels, palette):
+    """The mean of image and labels' colours -> (H, W, 3) uint8. Ignored pixels keep the image's colour."""
     colours = np.where(np.asarray(labels)[..., None] == IGNORE, image, colourise(labels, palette))
-    return np.array(Image.blend(Image.fromarray(image), Image.fromarray(colours), alpha))
+    return np.array(Image.blend(Image.fromarray(image), Image.fromarray(colours), 0.5))
 
 
 def save_indexed(path, labels, palette):

@@ -18,7 +18,6 @@ def test_colours_by_hand_and_indexed_files(tmp_path):
     image = np.full((2, 2, 3), 100, np.uint8)
     assert charts.overlay(image, LABELS, PALETTE).tolist() == [
         [[55, 60, 65], [150, 50, 50]], [[50, 150, 50], [100, 100, 100]]]
-    assert (charts.overlay(image, LABELS, PALETTE, alpha=0) == 100).all()
     for values in (LABELS, LABELS.T, LABELS.astype(np.int64)):    # and not contiguous
         charts.save_indexed(str(tmp_path / "a.png"), values, PALETTE)
         image = Image.open(tmp_path / "a.png")
@@ -27,11 +26,13 @@ def test_colours_by_hand_and_indexed_files(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_ticks_enclose_the_values():
+def test_ticks_enclose_the_values_and_y_points_upwards():
     for values, ticks in (([0.31, 0.68], "0.3 0.4 0.5 0.6 0.7"), ([-12.1, 7], "-15 -10 -5 0 5 10"),
                           ([0.3], "-0.2 0 0.2 0.4 0.6 0.8"), ([], "0 0.2 0.4 0.6 0.8 1")):
         assert " ".join(charts.round_ticks(values).values()) == ticks
     assert [*charts.round_ticks([1, 3], least=1)] == [1, 2, 3]            # whole numbers
+    at = charts.axes(charts.Canvas(120, 240), (10, 20, 110, 220), {0: "", 2: ""}, {0: "", 1: ""})
+    assert (at(0, 0), at(1, 1), at(3, 0.25)) == ((10, 220), (60, 20), (110, 170))     # 3: at the edge
 
 
 class Videos:
