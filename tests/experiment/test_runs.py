@@ -4,7 +4,6 @@ A training; the search's log; which recipes a folder takes; whole runs, killed; 
 long forms: 50 kills in all stages, ten workers killed.
 """
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -258,10 +257,8 @@ def test_a_pretraining_goes_on_without_its_files_of_weights_and_takes_no_other(
 # ---- whole runs
 
 def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
-    with open(smoke / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="run: another process uses it"):
-            train.main(arguments_of(smoke))
+    with runs.locked(run_in(smoke)), pytest.raises(InputError, match="run: another process uses it"):
+        train.main(arguments_of(smoke))
 
 
 def outcome_of(path):
@@ -326,7 +323,8 @@ def killed_again_and_again(smoke, tmp_path, kills, everywhere=False, seed=0):
         starts += 1
         kill = None
         if len(stages) < kills or everywhere and set(stages) != set(train.STAGES):
-            kill = rng.uniform(0, rng.choice((1.0, 3.0))), signals[len(stages) % 4]     # a whole run: 4 s
+            latest = rng.choice((1.0, 3.0)) * (1 + starts / 50)           # a whole run: 4 s, or more
+            kill = rng.uniform(0, latest), signals[len(stages) % 4]
         ended = start(folder, kill=kill)
         assert ended.status in (0, -9, 130, 143), ended.output[-3000:]
         assert starts < 10 * kills
