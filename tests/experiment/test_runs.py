@@ -293,25 +293,20 @@ def assert_same(folder, smoke):
     assert not [name for name in a if not same(a[name], b[name])]
 
 
-def test_a_finished_run_has_these_files_and_no_other(smoke):
-    networks = ["baseline", "cell-0", "cell-0-without-past", "random-0"]
+def test_a_finished_run_has_these_files_and_the_same_command_again_changes_none(smoke, small, capsys):
+    def times():
+        return {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.name != "lock"}
+
+    before, networks = times(), ["baseline", "cell-0", "cell-0-without-past", "random-0"]
+    train.main(arguments_of(smoke))
+    out = capsys.readouterr().out
+    assert out.count(": nothing is missing") == 4 and "baseline, fine-tuned" in out and times() == before
     alone = [f"{name}-alone" for name in networks[1:]]
     assert {path.name for path in smoke.iterdir()} == {
         "recipe.json", "lock", "search.jsonl", "random.jsonl", "results.json", "figures",
         *(f"{name}.pt" for name in ["static", "controller", "examples", *networks, *alone])}
     for path in smoke.glob("*.pt"):
         assert not {"optimizers", "average"} & files.load(path).keys()
-
-
-def test_the_same_command_again_finds_nothing_missing_and_changes_nothing(smoke, small, capsys):
-    def times():
-        return {path: path.stat().st_mtime_ns for path in smoke.rglob("*") if path.name != "lock"}
-
-    before = times()
-    train.main(arguments_of(smoke))
-    out = capsys.readouterr().out
-    assert out.count(": nothing is missing") == 4 and "baseline, fine-tuned" in out
-    assert times() == before
 
 
 def killed_again_and_again(smoke, tmp_path, kills, everywhere=False, seed=0):
