@@ -256,10 +256,8 @@ class Files:
 
     A subclass defines _clips, which appends every problem it finds to `problems`, and IDS, `classes` and
     `palette` in any form that label_maps.normal_form takes. LAYOUT (its folders) and SOURCE (where to get it)
-    appear in messages.
-
-    Raises InputError when a folder or a file is missing or has a wrong name. In that case all files are
-    read first, so that one message names every problem. Hidden files are ignored."""
+    appear in messages. Raises InputError when a folder or a file is missing or has a wrong name. In that case
+    all files are read first, so that one message names every problem. Hidden files are ignored."""
 
     LAYOUT, SOURCE = "your frames", "your own dataset"
 

@@ -63,9 +63,8 @@ def frames_of(path):
 
 def open_folder(folder):
     paths, others, problems, since = [], [], [], []
-    for path in sorted(folder.iterdir()):
-        if path.name[0] != ".":              # hidden
-            (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
+    for path in sorted(folder.glob("[!.]*")):             # not hidden
+        (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
     for path in others:                      # a photo would be left out; a video may lie beside its frames
         if (kind := other_kind(path)) and ("photo" in kind or not paths):
             problems.append(f"{path}: is {kind}")
@@ -73,18 +72,18 @@ def open_folder(folder):
         raise InputError(*problems or [f"{folder}: holds no .png or .jpg; --input is a folder of frames"])
     if others:
         print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
-    clips = data.clips_of(paths)
+    clips, paths = data.clips_of(paths), []
     for clip in clips:                       # no sequence of training crosses a long gap, either
-        for gap in [True, *data.long_gaps(clip)]:
+        for path, gap in zip(clip, [True, *data.long_gaps(clip)]):
+            paths.append(path)
             since.append(0 if gap else since[-1] + 1)
-    paths = [path for clip in clips for path in clip]
     last = {path.stem: path for path in paths}
     problems += [f"{path}: has the name of {last[path.stem].name}, and so would its results; remove one"
                  for path in paths if last[path.stem] != path]
     _, size = read_all(lambda path: (read_image(path),), paths, keep=False, problems=problems,
                        show=Progress("checking the frames", 0).update)
-    names, durations = [path.stem for path in paths], [100] * len(paths)
-    return Video(names, durations, size, lambda: map(read_image, paths), since)
+    names = [path.stem for path in paths]
+    return Video(names, [100] * len(paths), size, lambda: map(read_image, paths), since)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -133,7 +132,6 @@ def predict(command):
     announce(path, network, video, size)
     (output / "labels").mkdir(parents=True, exist_ok=True)
     write_classes(output, network.classes, np.array(network.palette).tolist())
-
     progress = Progress("predict", len(video.names))
     for k, (name, image) in enumerate(zip(video.names, video.read())):    # (H, W, 3)
         if video.since[k] % every == 0:
@@ -165,7 +163,7 @@ def announce(path, network, video, size):
           f"{', '.join(network.classes)}")
     (H, W), parts = video.size, [*video.since].count(0)
     print(f"predict: {len(video.names)} frame(s) of {W} x {H}; clips, or parts between long gaps: {parts}")
-    if size and not 1 / 2 <= min(video.size) / min(size) <= 2:
+    if size and not 1 / 2 <= min(H, W) / min(size) <= 2:
         print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; it is "
               "unreliable on such different ones, so resize them to about that")
 
