@@ -78,9 +78,10 @@ def test_the_tilde_is_the_home_folder_behind_an_equals_sign_too(tmp_path, monkey
     ("--end-epochs 3", ["static.pt", "search.jsonl", "cell-0-alone.pt"], ["cell-0.pt", "results.json"])])
 def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_command(
         smoke, small, capsys, tmp_path, change, kept, lost):
-    flag, value = change.split()
+    (flag, value), folder = change.split(), copy_of(smoke, tmp_path)
     with pytest.raises(InputError, match=f"{flag} .* there, {value} now") as error:
-        train.main([*arguments_of(copy_of(smoke, tmp_path)), *change.split()])
+        train.main([*arguments_of(folder), *change.split()])
+    assert (folder / "recipe.json").read_bytes() == (smoke / "recipe.json").read_bytes()
     copied = str(error.value).partition(" && cp ")[2].split()
     names = [pathlib.Path(path).name for path in copied]
     assert set(kept) <= set(names) and not set(lost) & set(names)

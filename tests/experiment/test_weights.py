@@ -67,11 +67,12 @@ def test_a_static_network_of_the_same_classes_is_taken_as_it_is(smoke, small, tm
         train.main([*line, str(tmp_path / "other.pt")])
 
 
-@pytest.mark.parametrize("network, facts", [
-    ("arch2", {"recipe": {"dataset": "camvid"}}), ("arch2-quarter", {"classes": ["a"]}), ("arch2", {})])
-def test_where_the_classes_differ_the_classifiers_are_new(tmp_path, network, facts):
+@pytest.mark.parametrize("network, number, facts", [
+    ("arch2", 6, {"recipe": {"dataset": "camvid"}}), ("arch2-quarter", 6, {"classes": list("ghijkl")}),
+    ("arch2", 11, {})])
+def test_where_the_classes_differ_the_classifiers_are_new(tmp_path, network, number, facts):
     """{}: a file that doesn't name its classes; their number shows it."""
-    path, there, model = tmp_path / "static.pt", STATICS[network](11), STATICS[network](6, "classifier")
+    path, there, model = tmp_path / "static.pt", STATICS[network](number), STATICS[network](6, "classifier")
     torch.save({"static": there.state_dict(), "network": network, **facts}, path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert "new classifiers" in begin(model, static=str(path))
