@@ -246,8 +246,15 @@ class Genotype(tuple):
     - text: as str(genotype) prints it, or JSON of layers or of tokens."""
 
     def __new__(cls, cell):
+        if isinstance(cell, str) and cell.lstrip().startswith("node"):            # the printed form
+            text = "".join(cell.split())                  # without blanks and line ends
+            found = re.findall(r"(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
+            made = cls([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
+            if text != str(made).replace(" ", ""):        # the pattern missed a part, or `out` is wrong
+                raise ValueError(f"not what this genotype prints, which ends with {str(made)[-40:]!r}")
+            return made
         if isinstance(cell, str):
-            cell = _read(cell)
+            cell = json.loads(cell)
         if isinstance(cell, (torch.Tensor, np.ndarray)):
             cell = cell.tolist()                          # with Python's own numbers
         if not isinstance(cell, (list, tuple)) or not cell:
@@ -274,10 +281,9 @@ class Genotype(tuple):
 
     def to_tokens(self):
         """List of 5L ints."""
-        ops, aggs, tokens = list(OPERATIONS), list(AGGREGATIONS), []
-        for loc1, loc2, op1, op2, agg in self:
-            tokens += [loc1, loc2, ops.index(op1), ops.index(op2), aggs.index(agg)]
-        return tokens
+        ops, aggs = list(OPERATIONS), list(AGGREGATIONS)
+        layers = [(*x[:2], ops.index(x.op1), ops.index(x.op2), aggs.index(x.agg)) for x in self]
+        return [token for layer in layers for token in layer]
 
     def to_json(self):
         """JSON text: a list of layers with names."""
@@ -286,11 +292,9 @@ class Genotype(tuple):
 
     def __str__(self):
         """node0 = concat(skip(dec_prev), skip(layer2)); ...; out = [node1]"""
-        lines = []
-        for k, (loc1, loc2, op1, op2, agg) in enumerate(self):
-            lines.append(f"node{k} = {agg}({op1}({location(loc1)}), {op2}({location(loc2)}))")
-        output = ", ".join(location(k) for k in self.output())
-        return "; ".join([*lines, f"out = [{output}]"])
+        lines = [f"node{k} = {agg}({op1}({location(loc1)}), {op2}({location(loc2)}))"
+                 for k, (loc1, loc2, op1, op2, agg) in enumerate(self)]
+        return "; ".join([*lines, f"out = [{', '.join(map(location, self.output()))}]"])
 
     def inputs(self):
         """Pool positions of the inputs that some layer samples."""
@@ -300,21 +304,6 @@ class Genotype(tuple):
         """Pool positions of the results that no later layer samples: the cell's output joins them."""
         results = range(len(INPUTS), len(INPUTS) + len(self))
         return [k for k in results if not any(k in layer[:2] for layer in self)]
-
-
-def _read(text):
-    """The printed form -> Genotype; JSON text -> what it holds."""
-    if text.lstrip().startswith("node"):
-        text = "".join(text.split())                      # without blanks and line ends
-        found = re.findall(r"(\w+)\((\w+)\((\w+)\),(\w+)\((\w+)\)\)", text)
-        genotype = Genotype([(loc1, loc2, op1, op2, agg) for agg, op1, loc1, op2, loc2 in found])
-        if text != str(genotype).replace(" ", ""):        # the pattern missed a part, or `out` is wrong
-            raise ValueError(f"not what this genotype prints, which ends with {str(genotype)[-40:]!r}")
-        return genotype
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"neither JSON nor a printed genotype: {reprlib.repr(text)}") from None
 
 
 # Cells by name. Those made by hand are one idea each of how to reuse the previous frame.
@@ -368,9 +357,8 @@ DECODER = "decoder"                     # stands in place of a genotype, see Dec
 class DynamicCell(nn.Module):
     """The cell that a genotype describes, with only the modules that it uses.
 
-    [ours] Every node has as many channels as dec (64). Inputs with another width first go through 1x1
-    conv-BN-ReLU; dec is used as it is. The concatenated output goes through 1x1 conv-BN-ReLU at the
-    resolution of layer2.
+    [ours] Every node is as wide as dec (64). Inputs of another width and the concatenated output go through
+    1x1 conv-BN-ReLU, the output at the resolution of layer2.
 
     genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps, to
     measure how much the cell gains from them. static: the static network that it works with, or its class."""
@@ -386,12 +374,11 @@ class DynamicCell(nn.Module):
         self.agg = nn.ModuleList(AGGREGATIONS[layer.agg](width) for layer in self.genotype)
         self.output = self.genotype.output()
         self.out = conv_bn_relu(len(self.output) * width, width)
-        self.classifier = static.Classifier(num_classes)  # make_cell copies the static one into it
+        self.classifier = static.Classifier(num_classes)  # make_cell copies the static network's into it
 
     def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
-        """Maps of a batch at 1/32, 1/8, 1/8, 1/16, 1/32; arch2's have 320, 64, 32, 96 and 320 channels.
-        layer1 (24, 1/4) is only for a classifier that uses it.
-        -> dec (B, 64, H/8, W/8), pred (B, num_classes, h, w) at the static network's size: 1/8 for arch2."""
+        """Maps (B, C, h, w) at 1/32, 1/8, 1/8, 1/16, 1/32; arch2's have 320, 64, 32, 96, 320 channels. layer1
+        (24, 1/4) is for a classifier that uses it. -> dec (B, 64, H/8, W/8), pred (B, num_classes, h, w)"""
         if not self.past:
             layer4_prev, dec_prev = torch.zeros_like(layer4_prev), torch.zeros_like(dec_prev)
         inputs = zip(INPUTS, (layer4_prev, dec_prev, layer2, layer3, layer4))
@@ -412,17 +399,12 @@ class DecoderCell(nn.Module):
         self.static = copy.deepcopy(static)
         self.static.encoder = None
 
-    @property
-    def classifier(self):
-        return self.static.classifier
-
     def forward(self, layer4_prev, dec_prev, layer2, layer3, layer4, layer1=None):
         return self.static.decode((layer1, layer2, layer3, layer4))
 
 
 def make_cell(genotype, static, past=True):
-    """The cell for a static network: a genotype (anything that `Genotype` takes), or "decoder". [ours] Its
-    classifier starts as a copy of the static network's."""
+    """A genotype, or "decoder" -> the cell. [ours] Its classifier starts as the static network's."""
     if isinstance(genotype, str) and genotype == DECODER:
         return DecoderCell(static)
     cell = DynamicCell(genotype, static.num_classes, past, static)
@@ -502,9 +484,8 @@ class VideoSegmenter(nn.Module):
         return torch.stack(logits, dim=1)
 
     def segment(self, image, state=None):
-        """One frame of a stream: pixels (H, W, 3) uint8, RGB, a tensor or numpy array, and the state that the
-        last call returned (None: a key frame) -> labels (H, W) uint8 on the module's device, new state.
-        Raises ValueError when the image or the state can't be used, or in training mode."""
+        """As `step`, for one frame: pixels (H, W, 3) uint8, RGB, a tensor or array -> labels (H, W) uint8 on
+        the module's device, new state. Raises ValueError when these can't be used, or in training mode."""
         logits, state = self._logits(image, state)
         return logits.argmax(dim=0).to(torch.uint8), state
 
@@ -549,13 +530,12 @@ class VideoSegmenter(nn.Module):
 
 @torch.no_grad()
 def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
-    """Prints Table 5 at the frame sizes (height, width) of both datasets. A row is one way to process a
-    frame: the encoder alone, a static network, or, on a later frame, a cell."""
+    """Prints Table 5 for frames of (height, width): the encoder, static networks, cells on a later frame."""
     print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms "
           "folded. 'arch2 + ...':\na later frame. cell0 to cell3 are reconstructions. Times are medians.")
     some = "propagate", "cell2", "cell3"
-    for title, size, num_classes, cells, repeats in (("CamVid", camvid, 11, CELLS, 9),
-                                                     ("CityScapes", cityscapes, 19, some, 3)):
+    tables = ("CamVid", camvid, 11, CELLS, 9), ("CityScapes", cityscapes, 19, some, 3)
+    for title, size, num_classes, cells, repeats in tables:
         image = torch.randn(1, 3, *size, device=device).to(memory_format=torch.channels_last)
         statics, calls = {name: network(num_classes) for name, network in STATICS.items()}, {}
         modules = {"encoder alone": statics["arch2"].encoder, **statics}

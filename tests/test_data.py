@@ -43,24 +43,20 @@ def test_windows_stay_in_a_clip_and_between_long_gaps_and_end_with_a_label():
 @pytest.mark.parametrize("clips", [
     [["0001TP_006690", "0001TP_006720"], ["0006R0_f00930", "0006R0_f00960"], ["0016E5_07959"]],     # CamVid
     [["ulm_000000_000018_leftImg8bit", "ulm_000000_000019_leftImg8bit"], ["ulm_000001_000019_leftImg8bit"]],
-    [["c0_0000"], ["c1_0000"]], [["c2_0000", "c2_0001"], ["c3_0005"]],    # of one frame each
-    [["frame1", "frame2", "frame10"]], [["v1f2", "v1f10"], ["v2f1", "v2f2"]],
+    [["c0_0000"], ["c1_0000"]], [["frame1", "frame2", "frame10"]], [["v1f2", "v1f10"], ["v2f1", "v2f2"]],
     [["a_0008_1280x720", "a_0009_1280x720", "a_0010_1280x720"], ["b_0001_1280x720"]],
     [["a_1_v2", "a_2_v2", "a_10_v2"], ["b_1_v3", "b_2_v3"]],
     [["a_8_e4f1", "a_9_77ab", "a_10_3c00", "a_11_abcd", "a_12_1234"]],                   # a hash
     [["0f77c-62b8_01", "0f77c-62b8_02"], ["2d91a-11ff_01", "2d91a-11ff_02"]],            # a clip's own
-    [["1.0", "1.25", "1.5", "2.0"]], [["t_0.50s", "t_0.75s", "t_1.00s"]],
-    [["7_left", "8_left"], ["7_right", "8_right"]],
-    [["1", "2"], ["a", "b", "c"]]])
+    [["1.0", "1.25", "1.5", "2.0"]], [["7_left", "8_left"], ["7_right", "8_right"]]])
 def test_clips_and_the_order_in_them_come_from_the_names(clips):
     paths = [pathlib.Path("folder_7") / f"{name}.png" for clip in clips for name in clip]
     np.random.default_rng(0).shuffle(paths)
     assert [[path.stem for path in clip] for clip in data.clips_of(paths)] == clips
 
 
-@pytest.mark.parametrize("name", ["A_{}_leftImg8bit", "A_{}_1280x720", "{}.5", "{}"])
-def test_a_gap_is_long_over_one_and_a_half_of_the_median_step(name):
-    paths = [f"{name.format(k)}.png" for k in (1, 3, 5, 8, 12, 14)]
+def test_a_gap_is_long_over_one_and_a_half_of_the_median_step():
+    paths = [f"A_{k}_1280x720.png" for k in (1, 3, 5, 8, 12, 14)]
     assert data.long_gaps(paths) == [False] * 3 + [True, False]
 
 
@@ -79,7 +75,7 @@ def test_camvid_clips_and_windows(split, clips, windows):
 # ---------------------------------------------------------------------------------------------------------
 # Transforms
 
-def random_batch(B=3, T=2, H=20, W=30):
+def random_batch(B, T=2, H=20, W=30):
     """Squares of 5 pixels; the grey of an image is 20 times the label, so that the image tells the label."""
     labels = 5 * torch.randint(0, 3, (B, T, H // 5, W // 5), generator=seeded(0))
     labels = labels.repeat_interleave(5, 2).repeat_interleave(5, 3).to(torch.uint8)       # (B, T, H, W)
@@ -137,10 +133,9 @@ def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
 def test_the_longer_side_is_resized():
     images, labels = torch.rand(2, 3, 30, 60), random_batch(2, 1, 30, 60)[1][:, 0]
     small, small_labels = data.resize_longer_side(images, labels, 24)
-    assert small.shape == (2, 3, 12, 24)
     squares = labels[:, ::5, ::5]                                         # (2, 6, 12): 5 pixels become 2
     assert torch.equal(small_labels, squares.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert data.resize_longer_side(images, labels, 0)[0] is images
+    assert small.shape == (2, 3, 12, 24) and data.resize_longer_side(images, labels, 0)[0] is images
 
 
 def test_a_coarse_pixel_has_the_label_of_the_middle_of_those_that_it_stands_for():
@@ -148,8 +143,6 @@ def test_a_coarse_pixel_has_the_label_of_the_middle_of_those_that_it_stands_for(
     coarse = data.downsample_labels(labels, (3, 4))                       # f = 4; column 14 is outside
     assert torch.equal(coarse, labels[:, [2, 6, 10]][:, :, [2, 6, 10, 12]])
     assert torch.equal(data.downsample_labels(labels, (11, 13)), labels)
-    with pytest.raises(ValueError):
-        data.downsample_labels(labels, (5, 7))
 
 
 def test_pad_as_the_paper_does():
@@ -228,17 +221,14 @@ def test_small_camvid_is_read(camvid, monkeypatch):
         ["Seq05VD_f00000.png", "Seq05VD_f00030.jpg", "Seq05VD_f00060.jpg"]]
     _, label = dataset.read(dataset.clips[0][1])
     assert label.ravel().tolist() == 4 * [*range(11), 255]                # 11 is void
-    told = []
-    frames = Frames(dataset, show=lambda *done: told.append(done))
-    assert told == [(k, 6) for k in range(1, 7)]
+    frames = Frames(dataset)
     images, labels = frames[torch.tensor([[0, 1], [4, 5]])]
-    assert images.shape == (2, 2, 6, 8, 3) and labels.shape == (2, 2, 6, 8)
+    assert images.shape == (*labels.shape, 3) == (2, 2, 6, 8, 3)
     assert (images[1, 1].numpy() == dataset.read(dataset.clips[1][2])[0]).all()
     assert frames.windows(3).tolist() == [[0, 1, 2], [3, 4, 5]] and frames.clips() == [[0, 1, 2], [3, 4, 5]]
-    assert Frames(dataset, None).images is not None                       # small: held in memory
     monkeypatch.setattr(Frames, "IN_MEMORY", 6 * 6 * 8 * 4)
     large = Frames(dataset, None)
-    assert large.images is None and large.size == (6, 8)
+    assert frames.images is not None and large.images is None and large.size == (6, 8)
     assert all(torch.equal(a, b) for a, b in zip(large[torch.tensor([[0, 1], [4, 5]])], (images, labels)))
 
 
@@ -268,9 +258,8 @@ def test_cityscapes(tmp_path):
     with pytest.raises(InputError) as error:
         CityScapes(tmp_path, "train")
     assert len(error.value.args) == 3
-    for line, said in zip(error.value.args, ("the name is not CITY", "000018_leftImg8bit.png: no such file",
-                                             "000018_leftImg8bit.png: cannot be read")):
-        assert said in line
+    said = "the name is not CITY", "18_leftImg8bit.png: no such file", "18_leftImg8bit.png: cannot be read"
+    assert all(word in line for word, line in zip(said, error.value.args))
 
 
 def test_synthetic_is_deterministic_has_its_classes_and_stays_what_results_were_measured_on():
@@ -279,8 +268,6 @@ def test_synthetic_is_deterministic_has_its_classes_and_stays_what_results_were_
     assert all((x == y).all() for x, y in zip(a.read(frame), b.read(frame)))
     assert all((x.read(frame)[0] != a.read(frame)[0]).any() for x in (other, test))
     assert np.unique([a.read(clip[0])[1] for clip in a.clips]).tolist() == list(range(6))
-    with pytest.raises(InputError, match="split 'trian'"):
-        Synthetic(None, "trian")
     image, label = val.read(val.clips[2][5])
     assert zlib.crc32(label.tobytes()) == 502161809 and abs(image.astype(float).mean() - 91.2202) < 0.01
 
@@ -418,14 +405,13 @@ def no_windows(d):
 FAULTS = {
     "truncated image": (lambda d: break_file(d / FIRST), f"{FIRST}: cannot be read"),
     "sizes differ": (lambda d: write(d / LABEL, np.zeros((6, 7), np.uint8)), f"{LABEL}: 7 x 6, but its im"),
-    "label out of range": (lambda d: write(d / LABEL, np.full((6, 8), 12, np.uint8)), f"{LABEL}: label val"),
+    "label out of range": (lambda d: write(d / LABEL, np.eye(6, 8).astype(np.uint8) * 12), f"{LABEL}: label"),
     "16-bit image": (lambda d: write(d / FIRST, np.zeros((6, 8), np.uint16)), f"{FIRST}: pixels of mode I"),
     "another size": (lambda d: [write(d / name, np.zeros((9, 8, 3)[:2 + (name == FIRST)], np.uint8))
                                 for name in (FIRST, LABEL)], f"{FIRST}: 8 x 9, most others 8 x 6"),
     "missing label": (lambda d: (d / LABEL).unlink(), f"{FIRST}: has no label {LABEL}"),
     "missing image": (lambda d: (d / FIRST).unlink(), f"{LABEL}: has no image {FIRST}"),
     "names": (rename, "train/picture.png: the name is not CLIP_FRAME"),
-    "an EPS named PNG": (lambda d: Image.open(d / FIRST).save(d / FIRST, "EPS"), f"{FIRST}: cannot be read"),
     "empty split": (lambda d: [path.unlink() for path in d.glob("val*/*")], "no frame in split 'val'"),
     "no such folder": (lambda d: shutil.rmtree(d / "val"), "val: no such folder"),
 }
@@ -459,8 +445,7 @@ def test_all_problems_of_all_splits_and_kinds_are_listed(camvid, tmp_path, monke
     with pytest.raises(InputError) as error:
         train.main(f"--dataset camvid --data {camvid} --run run --encoder-weights none".split())
     assert len(error.value.args) == 11 and not [*tmp_path.glob("run")] + [*tmp_path.glob("contact*")]
-    for line, said in zip(error.value.args, expected):
-        assert said in line
+    assert all(said in line for said, line in zip(expected, error.value.args))
 
 
 def test_a_clip_of_one_frame_is_read_and_what_a_file_manager_leaves_is_passed_over(camvid, tmp_path):
