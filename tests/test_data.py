@@ -1,4 +1,5 @@
 """data.py: its conventions by example (windows, transforms, scores, datasets), then bad files."""
+import itertools
 import os
 import pathlib
 import shutil
@@ -35,7 +36,7 @@ def test_windows_stay_in_a_clip_and_between_long_gaps_and_end_with_a_label():
     assert sequences([clip_of(5)], 2) == [] and len(sequences([clip_of(5)], 1)) == 1
     nameless = [Frame(name, "label") for name in "abcd"]                  # without numbers
     assert sequences([nameless], 3) == [nameless[:3], nameless[1:]]
-    sparse = [frame if k in (1, 4, 8) else frame._replace(label=None) for k, frame in
+    sparse = [Frame(image, label if k in (1, 4, 8) else None) for k, (image, label) in
               enumerate(clip_of(*range(9)))]
     assert numbers(sequences([sparse], 3)) == [[2, 3, 4], [6, 7, 8]]
 
@@ -109,8 +110,7 @@ def placed(source, top, left, crop):
 
 @pytest.mark.parametrize("crop", [(20, 12), (28, 33)])
 def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
-    """The crop smaller and larger than the image, also mirrored: never a mean of two pixels, which would blur
-    the picture. All places are reached."""
+    """The crop smaller and larger than the image, also mirrored. All places are reached."""
     images = torch.randint(0, 256, (2, 1, 20, 30, 3), generator=seeded(0), dtype=torch.uint8)
     labels = torch.randint(0, 11, (2, 1, 20, 30), generator=seeded(1), dtype=torch.uint8)
     tops, lefts = (range(min(0, side - out), max(0, side - out) + 1) for side, out in zip((20, 30), crop))
@@ -118,14 +118,12 @@ def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
     for seed in range(150):
         out, label = data.augment(images, labels, crop, generator=seeded(seed))
         for b, (ours, marks) in enumerate(zip(out, label)):
-            for flipped in (False, True):
-                source, known = data.normalise(images[b]), labels[b].float() + 1
-                if flipped:
-                    source, known = source.flip(-1), known.flip(-1)
-                for top, left in ((top, left) for top in tops for left in lefts):
-                    if torch.equal(placed(known, top, left, crop), (marks + 1).float()):
-                        torch.testing.assert_close(ours, placed(source, top, left, crop), rtol=0, atol=2e-3)
-                        seen.add((b, seed, flipped, top, left))
+            for flipped, top, left in itertools.product((False, True), tops, lefts):
+                source, known = data.normalise(images[b]), labels[b] + 1
+                source, known = (source.flip(-1), known.flip(-1)) if flipped else (source, known)
+                if torch.equal(placed(known, top, left, crop), marks + 1):            # 255 + 1 is 0
+                    torch.testing.assert_close(ours, placed(source, top, left, crop), rtol=0, atol=2e-3)
+                    seen.add((b, seed, flipped, top, left))
     assert len(seen) == 2 * 150                                           # each is one place in the image
     assert [{place[axis] for place in seen} for axis in (2, 3, 4)] == [{False, True}, {*tops}, {*lefts}]
 
@@ -139,7 +137,7 @@ def test_the_longer_side_is_resized():
 
 
 def test_a_coarse_pixel_has_the_label_of_the_middle_of_those_that_it_stands_for():
-    labels = torch.arange(11 * 13).reshape(1, 11, 13).to(torch.uint8)
+    labels = torch.arange(11 * 13, dtype=torch.uint8).reshape(1, 11, 13)
     coarse = data.downsample_labels(labels, (3, 4))                       # f = 4; column 14 is outside
     assert torch.equal(coarse, labels[:, [2, 6, 10]][:, :, [2, 6, 10, 12]])
     assert torch.equal(data.downsample_labels(labels, (11, 13)), labels)
@@ -263,10 +261,10 @@ def test_cityscapes(tmp_path):
 
 
 def test_synthetic_is_deterministic_has_its_classes_and_stays_what_results_were_measured_on():
-    a, b, other = Synthetic(None, "train"), Synthetic("anything", "train"), Synthetic(None, "train", seed=1)
-    frame, test, val = a.clips[3][2], Synthetic(None, "test"), Synthetic(None, "val")
+    a, b, val = Synthetic(None, "train"), Synthetic("anything", "train"), Synthetic(None, "val")
+    frame, others = a.clips[3][2], (Synthetic(None, "train", seed=1), Synthetic(None, "test"))
     assert all((x == y).all() for x, y in zip(a.read(frame), b.read(frame)))
-    assert all((x.read(frame)[0] != a.read(frame)[0]).any() for x in (other, test))
+    assert all((x.read(frame)[0] != a.read(frame)[0]).any() for x in others)
     assert np.unique([a.read(clip[0])[1] for clip in a.clips]).tolist() == list(range(6))
     image, label = val.read(val.clips[2][5])
     assert zlib.crc32(label.tobytes()) == 502161809 and abs(image.astype(float).mean() - 91.2202) < 0.01
@@ -274,26 +272,20 @@ def test_synthetic_is_deterministic_has_its_classes_and_stays_what_results_were_
 
 def test_synthetic_is_ambiguous_in_one_frame():
     """A grey shape looks the same whatever its class; and a class is shown as often as not."""
-    dataset, grey, all_pixels = Synthetic(None, "train"), [[] for _ in range(6)], 0
-    for clip in dataset.clips:
-        image, label = dataset.read(clip[1])
-        dull = (abs(image.astype(int) - 150).max(2) < 30) & (np.ptp(image.astype(int), axis=2) < 70)
-        for kind in range(1, 6):
-            grey[kind].append(image[(label == kind) & dull])              # (pixels, 3)
-        all_pixels += (label > 0).sum()
-    grey = [np.concatenate(pixels) for pixels in grey[1:]]
+    dataset = Synthetic(None, "train")
+    images, labels = map(np.stack, zip(*(dataset.read(clip[1]) for clip in dataset.clips)))   # (N, H, W, 3)
+    values = images.astype(int)
+    dull = (abs(values - 150).max(3) < 30) & (np.ptp(values, axis=3) < 70)
+    grey = [images[(labels == kind) & dull] for kind in range(1, 6)]      # (pixels, 3) each
     assert np.ptp([pixels.mean(0) for pixels in grey], axis=0).max() < 3
-    assert 0.35 < sum(map(len, grey)) / all_pixels < 0.65
+    assert 0.35 < sum(map(len, grey)) / (labels > 0).sum() < 0.65
 
 
 def test_synthetic_turns_by_three_cells_a_frame():
     """Labels moved by 24 pixels agree with the next frame's, but for what drifts; unmoved they don't."""
-    dataset, still, turned = Synthetic(None, "train"), [], []
-    for clip in dataset.clips:
-        before, after = (dataset.read(frame)[1] for frame in clip[2:4])
-        turned.append((before[:, :-24] == after[:, 24:]).mean())
-        still.append((before == after).mean())
-    assert np.mean(turned) > 0.94 and np.mean(still) < 0.7
+    dataset = Synthetic(None, "train")
+    before, after = (np.stack([dataset.read(clip[k])[1] for clip in dataset.clips]) for k in (2, 3))
+    assert (before[..., :-24] == after[..., 24:]).mean() > 0.94 and (before == after).mean() < 0.7
 
 
 def test_ones_own_dataset_is_a_few_lines(camvid):
@@ -392,16 +384,6 @@ def break_file(path):
     path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
 
 
-def rename(d):
-    for path in (d / FIRST, d / LABEL):
-        path.rename(path.with_stem("picture"))
-
-
-def no_windows(d):
-    for path in [*d.glob("train*/*_0000[36]0.*"), *d.glob("train*/*_f000[36]0.*")]:
-        path.unlink()
-
-
 FAULTS = {
     "truncated image": (lambda d: break_file(d / FIRST), f"{FIRST}: cannot be read"),
     "sizes differ": (lambda d: write(d / LABEL, np.zeros((6, 7), np.uint8)), f"{LABEL}: 7 x 6, but its im"),
@@ -411,7 +393,8 @@ FAULTS = {
                                 for name in (FIRST, LABEL)], f"{FIRST}: 8 x 9, most others 8 x 6"),
     "missing label": (lambda d: (d / LABEL).unlink(), f"{FIRST}: has no label {LABEL}"),
     "missing image": (lambda d: (d / FIRST).unlink(), f"{LABEL}: has no image {FIRST}"),
-    "names": (rename, "train/picture.png: the name is not CLIP_FRAME"),
+    "names": (lambda d: [path.rename(path.with_stem("picture")) for path in (d / FIRST, d / LABEL)],
+              "train/picture.png: the name is not CLIP_FRAME"),
     "empty split": (lambda d: [path.unlink() for path in d.glob("val*/*")], "no frame in split 'val'"),
     "no such folder": (lambda d: shutil.rmtree(d / "val"), "val: no such folder"),
 }
@@ -452,7 +435,8 @@ def test_a_clip_of_one_frame_is_read_and_what_a_file_manager_leaves_is_passed_ov
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0001TP_000000.png"):
         (camvid / "train" / name).write_bytes(b"?")
     assert len(Frames(CamVid(camvid, "train")).list) == 6
-    no_windows(camvid)
+    for path in [*camvid.glob("train*/*_0000[36]0.*"), *camvid.glob("train*/*_f000[36]0.*")]:
+        path.unlink()
     frames = Frames(CamVid(camvid, "train"))
     assert frames.clips() == [[0], [1]] and frames.windows(2).dtype == torch.int64
     assert frames.windows(2).shape == (0, 2) and frames.windows(1).shape == (2, 1)

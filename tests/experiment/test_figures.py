@@ -131,7 +131,7 @@ def test_what_is_sampled_by_hand_also_by_a_new_operation(drawn, monkeypatch):
     """FIRST samples gap, skip, gap, zero; concat, sum; dec_prev, layer2, dec_prev."""
     monkeypatch.setitem(OPERATIONS, "my_op", torch.nn.Identity)           # the dict that every script shares
     new = Genotype([("dec_prev", "layer2", "my_op", "my_op", "concat")])
-    style = dict(zip([*OPERATIONS], itertools.cycle(figures.STYLES)))
+    style = dict(zip(OPERATIONS, itertools.cycle(figures.STYLES)))
     figures.sampling([entry(k, 0.5, cell=FIRST if k < 15 else new) for k in range(30)])
     operations, aggregations, inputs = drawn
     assert operations(12, 50) == style["gap"][0] and operations(27, 100) == style["my_op"][0]

@@ -1,7 +1,5 @@
-"""util/download.py and CamVid from the web, against a server of our own. The real CamVid's constants are
-checked where there is one: CAMVID=DIR python -m pytest"""
+"""util/download.py and CamVid from the web, against a server of our own."""
 import concurrent.futures
-import glob
 import hashlib
 import http.server
 import io
@@ -13,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from whole_run import FORKED
+from whole_run import FORKED, content_of
 
 import data
 import train
@@ -32,7 +30,7 @@ def zipped(files):
 
 BODY = zipped({"top/inner/b.txt": b"good" * 1000, "README": b""})
 DIGITS = hashlib.sha256(BODY).hexdigest()[:8]
-CAMVID_LABELS = "2ca5830fa5c25a5d3845f881ecb67dcef0809986d1b4abdf01623503bcd7140f"       # of conftest's
+LABELS = "2ca5830fa5c25a5d3845f881ecb67dcef0809986d1b4abdf01623503bcd7140f"       # of conftest's small CamVid
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -73,7 +71,7 @@ def get_zip(url, folder):
 def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, load, mode, said):
     monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     server.mode, server.body = mode, BODY.replace(b"good", b"evil") if mode == "evil" else BODY
-    path = tmp_path / ("file" if load is get else "new/folder")
+    path = tmp_path / "new/name"
     with pytest.raises(InputError, match=f"^{server.url}: .*{said}.*; .*{path} by hand, or pass --data DIR$"):
         load(server.url, path)
     assert not [*tmp_path.iterdir()]
@@ -83,9 +81,8 @@ def test_two_commands_that_download_at_once_both_succeed(server, tmp_path):
     """Both requests are there before either is answered; the slower command finds the other's result."""
     with concurrent.futures.ProcessPoolExecutor(2, FORKED) as pool:
         for load, name in ((get_zip, "folder"), (get, "file")):
-            server.together = threading.Barrier(2)
-            for run in [pool.submit(load, server.url, tmp_path / "new" / name) for _ in range(2)]:
-                run.result()                                              # or what it raised
+            server.together, path = threading.Barrier(2), tmp_path / "new" / name
+            assert [*pool.map(load, [server.url] * 2, [path] * 2)] == [None] * 2      # or what one raised
     get(server.url, tmp_path / "new/file")                                # asks for nothing
     assert server.requests == 4 and (tmp_path / "new/folder/b.txt").read_bytes() == b"good" * 1000
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"folder", "file"}
@@ -110,7 +107,7 @@ def test_camvid_from_the_web(camvid, server, monkeypatch):
     monkeypatch.setattr(weights, "IMAGENET", server.url)
     monkeypatch.setattr(data, "CAMVID_URL", server.url)
     monkeypatch.setattr(data, "CAMVID_SHAPES", dict.fromkeys(("train", "val", "test"), (6, 6, 8)))
-    files = {f"SegNet/CamVid/{path.relative_to(camvid)}": path.read_bytes() for path in camvid.rglob("*.*")}
+    files = {f"SegNet/CamVid/{name}": content for name, content in content_of(camvid).items()}
     (camvid / "work").mkdir()
     monkeypatch.chdir(camvid / "work")
     by_hand = camvid / f"hub/checkpoints/net-{DIGITS}.pth"
@@ -123,7 +120,7 @@ def test_camvid_from_the_web(camvid, server, monkeypatch):
     with pytest.raises(InputError, match="not the public CamVid"):        # its labels have another hash
         data.fetch(data.CamVid, "data/camvid", given=False)
     assert not [*pathlib.Path().iterdir()]
-    monkeypatch.setattr(data, "CAMVID_LABELS", CAMVID_LABELS)
+    monkeypatch.setattr(data, "CAMVID_LABELS", LABELS)
     data.fetch(data.CamVid, "data/camvid", given=False)
-    assert {f"SegNet/CamVid{path[11:]}" for path in glob.glob("data/camvid/*/*")} == {*files}
+    assert {f"SegNet/CamVid/{name}" for name in content_of(pathlib.Path("data/camvid"))} == {*files}
     assert os.listdir("data") == ["camvid"]
