@@ -71,7 +71,7 @@ def get_zip(url, folder):
 def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, load, mode, said):
     monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
     server.mode, server.body = mode, BODY.replace(b"good", b"evil") if mode == "evil" else BODY
-    path = tmp_path / "new/name"
+    path = tmp_path / ("file" if load is get else "new/folder")
     with pytest.raises(InputError, match=f"^{server.url}: .*{said}.*; .*{path} by hand, or pass --data DIR$"):
         load(server.url, path)
     assert not [*tmp_path.iterdir()]
