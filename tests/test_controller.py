@@ -53,10 +53,8 @@ def test_parameters_start_uniform():
     """Sect. 4.1: two layers of 100 hidden units, initialised uniformly; +-0.1 is [18]'s."""
     model = Controller(5)
     values = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert values.abs().max() <= 0.1 and abs(values.mean()) < 1e-3
-    assert abs(values.std() - 0.2 / math.sqrt(12)) < 1e-3
+    assert values.abs().max() <= 0.1 and abs(values.std() - 0.2 / math.sqrt(12)) < 1e-3
     assert model.lstm.num_layers == 2 and model.lstm.hidden_size == 100
-    assert all(p.abs().max() > 0.09 for p in model.parameters() if p.numel() > 300)  # biases too
 
 
 def test_choices():
@@ -93,50 +91,35 @@ def test_samples_follow_the_enumerated_probabilities():
     assert p.max() > 3 / 72  # far from uniform, or the test shows little
     # the chain rule: the mean of the summed conditional entropies is the entropy of the whole string
     assert (p * entropy).sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
-    n, counts = 20000, torch.zeros(2, 2, 3, 3, 2, dtype=torch.float64)
-    tokens, _ = model.sample(n, generator())
-    counts.index_put_(tuple(tokens.T), torch.ones(n, dtype=torch.float64), accumulate=True)
-    assert ((counts.flatten() - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1).all()
+    n, place = 20000, torch.tensor([36, 18, 6, 2, 1])     # of a string among the 72
+    for tokens, q in ((model.sample(n, generator())[0], p), (model.random(n), torch.full_like(p, 1 / 72))):
+        counts = torch.bincount((tokens * place).sum(1), minlength=72)
+        assert ((counts - n * q).abs() <= 5 * (n * q * (1 - q)).sqrt() + 1).all()
     # an earlier token changes what follows: loc1 the aggregation, four tokens later
-    p = p.reshape(counts.shape)
+    p = p.reshape(model.choices)
     first = (p[..., 0] / p.sum(-1)).flatten(1)
     assert (first[0] - first[1]).abs().max() > 1e-3
 
 
-def test_samples_and_random_reach_all_choices_and_no_others():
-    model = Controller(4)
-    for tokens in (model.sample(3000, generator())[0], model.random(3000, generator())):
-        assert tokens.shape == (3000, 20)
-        for t, n in enumerate(model.choices):
-            counts = torch.bincount(tokens[:, t], minlength=n)
-            assert len(counts) == n and counts.min() > 0.5 * 3000 / n     # about uniform
-
-
-def test_a_seed_gives_the_same_tokens_and_parameters():
-    model = Controller(5)
-    for draw in (lambda g: model.sample(6, g)[0], lambda g: model.random(6, g)):
-        before = torch.get_rng_state()
-        assert torch.equal(draw(generator(3)), draw(generator(3)))
-        assert not torch.equal(draw(generator(3)), draw(generator(4)))
-        assert torch.equal(before, torch.get_rng_state())                 # torch's own is not touched
-    a, b = (Controller(2, generator=generator(5)).state_dict() for _ in range(2))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_a_seed_gives_the_same_parameters_and_tokens():
+    a, b = (Controller(2, generator=generator(5)) for _ in range(2))
+    before = torch.get_rng_state()
+    for draw in (lambda model, g: model.sample(6, g)[0], lambda model, g: model.random(6, g)):
+        assert torch.equal(draw(a, generator(3)), draw(b, generator(3)))
+    assert torch.equal(before, torch.get_rng_state())                     # torch's own is not touched
 
 
 # ---- PPO -----------------------------------------------------------------------------------------
 
 def test_before_the_first_step_every_ratio_is_one():
     model = scaled(Controller(5), 3)
-    ppo = PPO(model, epochs=1, entropy_weight=0.5)
     tokens = model.random(6, generator())
     old, entropy = model.log_prob(tokens)                # with a graph; the update takes it as a constant
-    entropy, reward = entropy.mean().item(), torch.tensor([.1, .9, .4, .5, .2, .8])
+    ppo, entropy, reward = PPO(model, epochs=1, entropy_weight=0.5), entropy.mean().item(), torch.rand(6)
     figures = ppo.update(tokens, old, reward)
     assert abs(figures["approx_kl"]) < 1e-6 and figures["clip_fraction"] == 0
-    assert figures["entropy"] == pytest.approx(entropy, rel=1e-5) and figures["grad_norm"] > 0
     # ratios of 1 leave the mean advantage, which is 0: the first baseline is the batch's mean
     assert figures["loss"] == pytest.approx(-0.5 * entropy, rel=1e-4)
-    assert figures["baseline"] == pytest.approx(reward.mean().item())
     assert ppo.update(tokens, old, reward)["approx_kl"] > 1e-5            # the same sample, off-policy by now
 
 
@@ -204,29 +187,21 @@ def test_a_failed_sample_moves_neither_baseline_nor_std():
         assert (ppo.baseline, ppo.square, ppo.weight) == (other.baseline, other.square, other.weight)
 
 
-@pytest.mark.parametrize("replay", [0, 100])
-def test_a_failed_sample_leaves_the_baseline_and_becomes_less_likely(replay):
-    model = Controller(2, generator=generator(1))
-    ppo = PPO(model, replay=replay)
-    before = ppo.update(*model.sample(4, generator()), [0.5, 0.4, 0.6, 0.7])["baseline"]
-    tokens, old = model.sample(1, generator(5))
-    assert ppo.update(tokens, old, [0.0], [True])["baseline"] == before
-    assert model.log_prob(tokens)[0] < old
-
-
 def test_replay_against_a_naive_loop():
     """[18]'s: the baseline moves first; then a step of its own for each of the last samples, its advantage
-    taken anew. 30 samples, of which the last eight are kept. The seed draws the order."""
+    taken anew. 30 samples, of which the last eight are kept. The seed draws the order. A failed sample leaves
+    the baseline as it is."""
     model = Controller(2, generator=generator(1))
     naive_model, g, order = copy.deepcopy(model), generator(2), generator(5)
     ppo = PPO(model, learning_rate=1e-2, clip=0.1, epochs=1, entropy_weight=0, replay=8, seed=5)
     adam, baseline, past = torch.optim.Adam(naive_model.parameters(), lr=1e-2), None, []
-    for _ in range(30):
+    for number in range(30):
         tokens, old = model.sample(1, g)
-        reward = torch.rand(1, generator=g).item()
-        figures = ppo.update(tokens, old, [reward])
+        failed, reward = number % 7 == 6, torch.rand(1, generator=g).item() * (number % 7 != 6)
+        figures = ppo.update(tokens, old, [reward], [failed])
 
-        baseline = reward if baseline is None else 0.95 * baseline + 0.05 * reward
+        if not failed:
+            baseline = reward if baseline is None else 0.95 * baseline + 0.05 * reward
         past = past[-7:] + [(tokens, old.item(), reward)]
         for k in torch.randperm(len(past), generator=order).tolist():
             string, old_log_prob, value = past[k]
@@ -244,34 +219,22 @@ def test_replay_against_a_naive_loop():
     assert len(ppo.memory) == 8 and figures["clip_fraction"] > 0          # both sides of the clip were seen
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_updates_of_any_size_stay_finite_and_equal_rewards_teach_nothing(n):
-    model, g = Controller(2), generator()
-    ppo, start = PPO(model, entropy_weight=0), copy.deepcopy(model)
-    for reward in ([0.4] * n, torch.rand(n, generator=g), [0.0] * n, [1.0] * n):
-        figures = ppo.update(*model.sample(n, g), reward)
-        assert all(map(math.isfinite, figures.values()))
-        assert reward[0] != 0.4 or all(map(torch.equal, model.parameters(), start.parameters()))
-
-
 @pytest.mark.parametrize("replay", [0, 10])
 def test_a_saved_search_goes_on_exactly(replay):
-    def search(ppo, g):
-        for _ in range(3):
-            tokens, old = ppo.controller.sample(4, g)
-            ppo.update(tokens, old, tokens.double().mean(1) / 10)
-        return tokens
+    def update(ppo, seed):
+        tokens, old = ppo.controller.sample(4, generator(seed))
+        ppo.update(tokens, old, tokens.double().mean(1) / 10)
 
-    ppo, g, file = PPO(Controller(2), replay=replay, seed=3), generator(7), io.BytesIO()
-    search(ppo, g)
+    ppo, again = (PPO(Controller(2), replay=replay, seed=seed) for seed in (3, 0))
+    file = io.BytesIO()
+    update(ppo, 1)
     torch.save(ppo.state_dict(), file)
     file.seek(0)
-    saved, again = torch.load(file, weights_only=True), PPO(Controller(2), replay=replay)
-    again.load_state_dict(saved)
-    assert torch.equal(search(ppo, g.clone_state()), search(again, g.clone_state()))
-    assert all(map(torch.equal, ppo.controller.parameters(), again.controller.parameters()))
-    with pytest.raises(RuntimeError):
-        PPO(Controller(3)).load_state_dict(saved)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    for seed in (2, 3):
+        update(ppo, seed)
+        update(again, seed)
+    torch.testing.assert_close(again.state_dict(), ppo.state_dict(), rtol=0, atol=0)
 
 
 # ---- Early stop ----------------------------------------------------------------------------------
@@ -281,19 +244,17 @@ def goes_on(rule, scores, draws):
     early_stop, decisions = EarlyStop(rule, 0.9), []
     for score, draw in zip(scores, draws):
         decisions.append(early_stop.promising(score, draw))
+        assert early_stop.promising(score, draw) == decisions[-1]         # asking changes nothing
         early_stop.move(score)
     return decisions
 
 
 def as_in_18(scores, draws):
-    """[18]'s rule, step by step -> decisions, and the counters at which a factor was applied. A check sees
-    all checks before it, as it does here where a round has one candidate."""
+    """[18]'s rule, step by step. A check sees all checks before it, as where a round has one candidate."""
     value, delta, counter, factors = 0.01, 0.9, 0, {100: 0.9, 200: 0.8, 300: 0.7, 400: 0.6}
-    decisions, applied = [], set()
+    decisions = []
     for score, draw in zip(scores, draws):
-        if counter in factors:                           # exactly: the counter may jump over it
-            delta *= factors[counter]
-            applied.add(counter)
+        delta *= factors.get(counter, 1)                 # exactly: the counter may jump over it
         counter += 1
         value = 0.99 * value + 0.01 * score              # it moves before the comparison
         if score > value:
@@ -301,31 +262,16 @@ def as_in_18(scores, draws):
             decisions.append(True)
         else:
             decisions.append(score > value * (1 - delta * draw))
-    return decisions, applied
+    return decisions
 
 
 def test_the_early_stop_as_in_18_against_a_naive_replay():
-    stopped, seen = 0, set()
     for seed in range(60):
         rng = random.Random(seed)
         centre, spread = rng.random(), rng.choice((0.01, 0.1, 0.5))
         scores = [max(0.0, rng.gauss(centre, spread)) for _ in range(rng.choice((20, 500)))]
         draws = [rng.random() for _ in scores]
-        expected, applied = as_in_18(scores, draws)
-        assert goes_on("as-in-18", scores, draws) == expected
-        stopped += expected.count(False)
-        seen.add(frozenset(applied))
-    assert stopped > 200 and {100, 200, 300, 400} in seen and len(seen) > 4       # some jumped over some
-
-
-def test_the_tolerance_of_a_check_at_100_is_the_smaller_one():
-    """And `promising` changes nothing: those who share a round get the same decisions in any order."""
-    early_stop = EarlyStop("as-in-18", 0.9)
-    for _ in range(100):
-        early_stop.move(0.0)                             # below the value: the counter moves by one
-    early_stop.value = 1.0
-    for score, goes in ((0.18, False), (0.20, True), (0.18, False)):      # 0.99 * (1 - 0.9 * 0.9) = 0.188
-        assert early_stop.promising(score, draw=1) == goes
+        assert goes_on("as-in-18", scores, draws) == as_in_18(scores, draws)
 
 
 @pytest.mark.parametrize("rule, least, most", [("as-in-18", 20, 80), ("average", 440, 560)])
@@ -364,44 +310,36 @@ def test_ppo_beats_random_search_on_a_planted_genotype(searched):
 
 
 def test_main_prints_both_curves(searched, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(controller, "search", lambda *arguments: asked.append(arguments) or searched)
+    monkeypatch.setattr(controller, "search", lambda *arguments: searched)
     controller.main(["--seeds", "2"])
-    assert asked == [(0, 300, 10), (1, 300, 10)]
     found, uniform, entropy = searched
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for k in (50, 300):
-        figures = [found[k - 50:k].mean(), uniform[k - 50:k].mean(), found[:k].max(), uniform[:k].max()]
-        assert [str(k), *(f"{x:.3f}" for x in figures), f"{entropy[k // 10 - 1]:.1f}"] in rows
+    figures = [f"{x:9.3f}" for x in (found[-50:].mean(), uniform[-50:].mean(), found.max(), uniform.max())]
+    assert " ".join([f"{300:7}", *figures, f"{entropy[-1]:9.1f}"]) in capsys.readouterr().out
 
 
 # ---- What is refused -----------------------------------------------------------------------------
 
-def test_sizes_and_settings_are_refused():
-    for sizes in (dict(num_layers=0), dict(num_layers=1, num_inputs=0), dict(num_layers=1, hidden=0),
-                  dict(choices=[]), dict(choices=[3, 0]), dict(), dict(num_layers=1, choices=[3])):
-        with pytest.raises(ValueError):
-            Controller(**sizes)
-    for setting in (dict(learning_rate=math.nan), dict(clip=0), dict(baseline_decay=1), dict(epochs=0),
-                    dict(entropy_weight=-1), dict(max_grad_norm=0), dict(replay=-1)):
-        with pytest.raises(ValueError):
-            PPO(Controller(2), **setting)
+@pytest.mark.parametrize("make", [
+    lambda: Controller(0), lambda: Controller(choices=[3, 0]), Controller, lambda: Controller(1, choices=[3]),
+    lambda: PPO(Controller(2), learning_rate=math.nan), lambda: PPO(Controller(2), baseline_decay=1),
+    lambda: Controller(2).sample(0), lambda: Controller(2).random(0)])
+def test_sizes_and_settings_are_refused(make):
+    with pytest.raises(ValueError):
+        make()
 
 
 def test_misshapen_tokens_and_those_out_of_range_are_refused():
     model = Controller(2)
     good = model.random(3, generator())
-    for bad in (good[0], good[:, :-1], good[None], good[:0], good.float(), good > 0):
+    for bad in (good[0], good[:, :-1], good[:0], good.float(), good > 0):
         with pytest.raises(ValueError, match="tokens must be"):
             model.log_prob(bad)
-    for t, value in itertools.product(range(10), (-1, 12, 2**40)):
-        tokens = good.clone()
-        tokens[1, t] = value
-        with pytest.raises(ValueError, match=f"token {t} of string 1 .* {value}"):
-            model.log_prob(tokens)
-    for draw in (model.sample, model.random):
-        with pytest.raises(ValueError):
-            draw(0)
+    for t, n in enumerate(model.choices):
+        for value in (-1, n):
+            good[1, t] = value
+            with pytest.raises(ValueError, match=f"token {t} of string 1 .* {value}"):
+                model.log_prob(good)
+        good[1, t] = 0
 
 
 def test_bad_updates_are_refused_and_change_nothing():
@@ -409,12 +347,9 @@ def test_bad_updates_are_refused_and_change_nothing():
     ppo, (tokens, old), reward = PPO(model), model.sample(3, generator()), torch.tensor([.1, .2, .3])
     ppo.update(tokens, old, reward)
     before = copy.deepcopy(ppo.state_dict())
-    for bad in ((tokens, old[:, None], reward), (tokens, old, reward[:, None]), (tokens[0], old, reward),
+    for bad in ((tokens, old[:, None], reward), (tokens, old, reward[:, None]), (tokens + 12, old, reward),
                 (tokens, old, reward * math.nan), (tokens, old * math.inf, reward),
-                (tokens + 12, old, reward), (tokens[:0], old[:0], reward[:0])):
+                (tokens, old, reward, [[False]] * 3), (tokens, old, reward, [0, 1, 0])):
         with pytest.raises(ValueError):
             ppo.update(*bad)
-    for failed in ([False], [[False]] * 3, True, [0, 1, 0], [0.0, 1.0, 0.0]):     # a shape or a type
-        with pytest.raises(ValueError, match="failed"):
-            ppo.update(tokens, old, reward, failed)
     torch.testing.assert_close(ppo.state_dict(), before, rtol=0, atol=0)

@@ -17,6 +17,7 @@ def test_a_process_gets_an_error_above_its_limit():
     try:
         device.limit_memory()
         limit = resource.getrlimit(resource.RLIMIT_AS)
+        assert 0.5 < (limit[0] - device.kilobytes("/proc/self/status", "VmSize")) / free < 1.5
         with pytest.raises(RuntimeError) as error:
             torch.empty(2 * free, dtype=torch.uint8)
         assert out_of_memory(error.value)
