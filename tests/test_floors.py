@@ -18,7 +18,8 @@ def test_arrows_point_downwards_and_never_in_a_circle():
                 assert node not in inside, f"{name}: an import inside a function, line {node.lineno}"
                 for alias in node.names:
                     module = getattr(node, "module", None)
-                    full = f"{module}.{alias.name}" if module in ("util", "experiment") else module or alias.name
+                    full = module or alias.name
+                    full += f".{alias.name}" * (module in ("util", "experiment"))
                     if full.split(".")[0] in FLOORS:
                         arrows[name].add(full)
                         assert FLOORS[full.split(".")[0]] <= FLOORS[name.split(".")[0]], f"{name} -> {full}"

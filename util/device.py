@@ -40,8 +40,8 @@ def float32():
 
 
 def keep_freed_memory():
-    """Makes glibc keep the memory of freed tensors; by default each large one causes page faults again. A step
-    of pretraining on a CPU takes 0.83 of the time; training 3 x 8 frames of 480 x 360 end to end 6.2 GB
+    """Makes glibc keep the memory of freed tensors; by default each large one causes page faults again. On a
+    CPU a step of pretraining takes 0.83 of the time; training 3 x 8 frames of 480 x 360 end to end 6.2 GB
     instead of 5.0. Does nothing with other C libraries."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -43,7 +43,8 @@ def test_a_script_works_without_a_terminal_or_any_output(monkeypatch, written):
     stream = None if written is None else types.SimpleNamespace(write=written.append)
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
-    assert ended(main) == 2 and (not stream or "".join(written) == "mIoU 66 ± 1\nerror: a.png: no such file\n")
+    assert ended(main) == 2
+    assert not stream or "".join(written) == "mIoU 66 ± 1\nerror: a.png: no such file\n"
 
 
 @pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EACCES, False)])
