@@ -271,8 +271,7 @@ class Genotype(tuple):
             for token, known in zip(layer, (pool, pool, ops, ops, aggs)):
                 names.append(known[token] if type(token) is int and 0 <= token < len(known) else token)
                 if names[-1] not in known:
-                    raise ValueError(f"{reprlib.repr(token)} is neither 0 to {len(known) - 1} nor one of "
-                                     f"{', '.join(known)}")
+                    raise ValueError(f"{reprlib.repr(token)} is not 0 to {len(known) - 1} or in {known}")
             layers.append(Layer(pool.index(names[0]), pool.index(names[1]), *names[2:]))
             pool.append(location(len(pool)))
         return super().__new__(cls, layers)

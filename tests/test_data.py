@@ -56,11 +56,6 @@ def test_clips_and_the_order_in_them_come_from_the_names(clips):
     assert [[path.stem for path in clip] for clip in data.clips_of(paths)] == clips
 
 
-def test_a_gap_is_long_over_one_and_a_half_of_the_median_step():
-    paths = [f"A_{k}_1280x720.png" for k in (1, 3, 5, 8, 12, 14)]
-    assert data.long_gaps(paths) == [False] * 3 + [True, False]
-
-
 @pytest.mark.camvid
 @pytest.mark.parametrize("split, clips, windows",
                          [("train", [62, 101, 204], 357), ("val", [101], 99), ("test", [62, 171], 229)])

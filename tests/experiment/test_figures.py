@@ -20,7 +20,7 @@ FIRST = Genotype([("dec_prev", "layer2", "gap", "skip", "concat"),
 
 
 def genotype(seed, layers):
-    return Genotype.from_tokens(Controller(layers).random(1, torch.Generator().manual_seed(seed))[0])
+    return Genotype(Controller(layers).random(1, torch.Generator().manual_seed(seed))[0])
 
 
 def entry(k, reward, stopped=False, status="ok", cell=FIRST):
