@@ -121,6 +121,7 @@ def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
                     seen.add((b, seed, flipped, top, left))
     assert len(seen) == 2 * 150                                           # each is one place in the image
     assert [{place[axis] for place in seen} for axis in (2, 3, 4)] == [{False, True}, {*tops}, {*lefts}]
+    assert len({place[3:] for place in seen}) > len(tops) * len(lefts) / 2            # one draw for each axis
 
 
 def test_the_longer_side_is_resized():
