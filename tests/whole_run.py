@@ -20,7 +20,6 @@ import torch
 import data
 import dyncell
 import train
-from dyncell import Arch2
 from experiment import runs, table
 
 ROOT, HERE = pathlib.Path(train.__file__).parent, pathlib.Path(__file__).parent
@@ -41,25 +40,20 @@ def make_shallow(set_attribute):
     of 17, three operations of seven in each contextual cell. The real one is tested in tests/test_dyncell.py.
 
     set_attribute: setattr in a process of one's own, monkeypatch.setattr in a test."""
-    setting = [(expand, channels, 2 if channels == 96 else 1, stride)
-               for expand, channels, _, stride in dyncell.MobileNetV2.SETTING]
-    set_attribute(dyncell.MobileNetV2, "SETTING", setting)
+    set_attribute(dyncell.MobileNetV2, "SETTING", [
+        (t, c, 2 if c == 96 else 1, s) for t, c, _, s in dyncell.MobileNetV2.SETTING])
     set_attribute(dyncell.MobileNetV2, "TAPPED", (2, 3, 6, 8))
     set_attribute(dyncell.ContextualCell, "OPS", ["conv3x3_r3", "gap", "conv3x3"])
     set_attribute(dyncell.ContextualCell, "forward", lambda cell, x: sum(op(x) for op in cell.ops))
 
 
-def make_few(set_attribute):
-    """Few, tiny videos; no times are taken."""
+def make_small(set_attribute):
+    """Few, tiny videos and a shallow network; no times are taken."""
+    make_shallow(set_attribute)
     set_attribute(data.Synthetic, "SPLITS", {"train": (4, 4), "val": (1, 4), "test": (2, 4)})
     set_attribute(data.Synthetic, "SIZE", (48, 64))
     set_attribute(runs, "SAVE_SECONDS", 0)                                # a checkpoint after every epoch
     set_attribute(table, "milliseconds_in_turn", lambda calls, repeats: dict.fromkeys(calls, 1.0))
-
-
-def make_small(set_attribute):
-    make_shallow(set_attribute)
-    make_few(set_attribute)
 
 
 @pytest.fixture
@@ -67,14 +61,17 @@ def small(monkeypatch):
     make_small(monkeypatch.setattr)
 
 
-def calibrated(static, images):
-    """Real statistics in the batch norms. With the initial ones layer4 is below half precision, and every
-    network that was trained for a few steps only says the same class everywhere."""
+def calibrated():
+    """Arch2 with real statistics in its batch norms. With the initial ones layer4 is below half precision,
+    and every network that was trained for a few steps only says the same class everywhere."""
+    torch.manual_seed(0)
+    static, videos = dyncell.Arch2(6), data.Synthetic(None, "train")
     for module in static.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
-        static.train()(images)
+        images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips])
+        static.train()(data.normalise(images))
     return static.eval()
 
 
@@ -151,11 +148,7 @@ def smoke(tmp_path_factory):
         folder.parent.mkdir()
         with pytest.MonkeyPatch.context() as patch:
             make_small(patch.setattr)
-            torch.manual_seed(0)
-            videos = data.Synthetic(None, "train")
-            images = torch.stack([torch.from_numpy(videos.read(clip[0])[0]) for clip in videos.clips])
-            static = calibrated(Arch2(6), data.normalise(images))
-            torch.save(static.encoder.state_dict(), folder.parents[1] / "encoder.pth")
+            torch.save(calibrated().encoder.state_dict(), folder.parents[1] / "encoder.pth")
         ended = start(folder)
         assert ended.status == 0, ended.output
     return folder
