@@ -116,8 +116,8 @@ def announce(run, command, recipe_for):
     run.expected = {stage: START + speed * pixels
                     for stage, pixels in pixels_of(run).items() if stage in command.stages}
     print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, {run.world} "
-          f"process(es) of {torch.get_num_threads()} threads: about {duration(sum(run.expected.values()))} for "
-          f"{' '.join(run.expected)}")
+          f"process(es) of {torch.get_num_threads()} threads: about "
+          f"{duration(sum(run.expected.values()))} for {' '.join(run.expected)}")
     if (run.recipe.dataset, "short") not in SCHEDULES and size != data.CamVid.SIZE:
         print(f"its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x 360; set "
               "--static-crop, --end-crop and --input-pad to match")
