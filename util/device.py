@@ -51,17 +51,20 @@ def keep_freed_memory():
 
 def available(device):
     """Bytes that this process can still take on a torch device: on a GPU what is free; on a CPU what Linux
-    calls available, or what the limit of a container (cgroup v2) leaves. None if unknown."""
+    calls available, or what the limit of a container or of the process leaves. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu" or not pathlib.Path("/proc/meminfo").exists():
         return None
-    size = kilobytes("/proc/meminfo", "MemAvailable")
-    with contextlib.suppress(OSError, ValueError):                # no such file, or "max": no limit
-        limit, used = (int(pathlib.Path("/sys/fs/cgroup", f"memory.{name}").read_text())
-                       for name in ("max", "current"))
-        size = min(size, limit - used)
-    return size
+    sizes, limit = [kilobytes("/proc/meminfo", "MemAvailable")], resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:                           # ulimit -v
+        sizes.append(limit - kilobytes("/proc/self/status", "VmSize"))
+    for limit, used in (("memory.max", "memory.current"),         # cgroup v2, v1
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):            # no such file, or "max": no limit
+            limit, used = (int(pathlib.Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
+            sizes.append(limit - used)
+    return min(sizes)
 
 
 def limit_memory():
