@@ -153,6 +153,8 @@ def check(recipe):
     for name in ("static_scale", "end_scale"):
         if getattr(recipe, name)[0] > getattr(recipe, name)[1]:
             raise InputError(f"{flag(name)}: the first number must not be above the second")
+    if 0 < recipe.class_weights <= 1:                             # 1 / log(K + p) may be negative
+        raise InputError(f"--class-weights {recipe.class_weights}: must be 0 or above 1, as ENet's 1.02")
     if not recipe.static_epochs and recipe.static == "none":
         raise InputError("--static-epochs 0: only with --static FILE; give 1 or more")
     if not recipe.cells and not recipe.cell:

@@ -99,7 +99,8 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
 @pytest.mark.parametrize("line, said", [
     ("--dataset kitti", "kitti"), ("--see 3", "--see"), ("--static-epochs 0", "--static FILE"),
     ("--end-epochs -1", "0 or more"), ("--cell-lr nan", "above 0"), ("--key-frames 0 -3", "--key-frames -3"),
-    ("--meta-val-share 1.5", "below 1"), ("--static-scale 2 0.5", "--static-scale"),
+    ("--meta-val-share 1", "below 1"), ("--static-scale 2 0.5", "--static-scale"),
+    ("--class-weights 1", "above 1"),
     ("--sequence-length 9", "--sequence-length 9"), ("--cells 0 --cell", "--cells 0"),
     ("--key-frames", "--key-frames"), ("--cell warp9", "warp9"), ("--cell nowhere.json", "nowhere.json"),
     ("--cell [1,2]", "--cell"), ("--static nowhere.pt", "nowhere.pt: no such"),
