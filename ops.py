@@ -142,7 +142,7 @@ def to_larger(x, y):
 
 def separable(channels, kernel, rate=1):
     """Depthwise kernel x kernel, pointwise 1x1, BN, ReLU."""
-    # A depthwise convolution; the second class only avoids a fault of torch in bf16 on CPUs, see its end.
+    # A depthwise convolution; the second class only avoids a fault of torch in bf16 on CPUs.
     conv = nn.Conv2d if (kernel, rate) == (3, 1) else DepthwiseInFloat32
     padding = rate * (kernel // 2)
     depthwise = conv(channels, channels, kernel, padding=padding, dilation=rate, groups=channels, bias=False)

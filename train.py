@@ -305,8 +305,8 @@ class FeatureCache:
 def unroll(run, cell, frames):
     """The recurrence of Sect. 3.1: dec_0 of the static network, then, frame by frame,
     dec_t, pred_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).
-    -> [(pred (B, C, h, w), labels (B, H, W))] of every frame after the first. layer1 is there only where the
-    classifier takes it."""
+    frames: FeatureCache.pick's -> [(pred (B, C, h, w), labels (B, H, W))] of every frame after the first.
+    layer1 is there only where the classifier takes it."""
     before, results = next(frames), []
     dec = before["dec"]                                           # (B, 64, H/8, W/8)
     with run.autocast():
@@ -328,8 +328,8 @@ def cell_loss(run, cell, frames):
 
 @torch.no_grad()
 def score(run, cell, stored, windows):
-    """Sect. 3.3: reward: the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), of
-    all frames after the first, at the labels' resolution (data.Confusion)."""
+    """Sect. 3.3: the reward, the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), and
+    the three, of all frames of windows (N, T) after the first, at the labels' resolution (data.Confusion)."""
     cell.eval()
     confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory

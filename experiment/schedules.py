@@ -72,7 +72,7 @@ STORE, LAYER, END_TO_END, EVALUATE, START = 0.25, 0.03, 0.7, 0.25, 5
 
 def pixels_of(run):
     """{stage: pixels that are still to do}, in units of a pixel of a pre-training step. Of finetune and
-    evaluate what the folder has is not counted."""
+    evaluate all is counted, also what the folder has."""
     r, frames = run.recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
     frame, count, length = math.prod(run.frame_size()), frames["train"], r.sequence_length
     labelled = count if length > 2 else count // 2                # CityScapes: every second frame

@@ -155,7 +155,7 @@ def test_meta_train_and_meta_val_share_no_frame():
 def test_the_frames_of_a_search_are_resized_and_padded_and_those_of_meta_val_left_as_they_are(run, untrained):
     run.recipe.input_longer_side, run.recipe.input_pad, run.recipe.input_crop = 128, 104, 64
     windows, static = torch.tensor([[5, 6], [2, 3], [11, 12], [7, 8], [9, 10]]), untrained[0]
-    images, labels = run.frames("train")[windows.unique()]                # (10, 48, 64, 3), stored in two parts
+    images, labels = run.frames("train")[windows.unique()]                # (10, 48, 64, 3), in two parts
     plain = data.normalise(images), labels
     larger = data.pad(*data.resize_longer_side(*plain, 128), 104)         # 96 x 128, then 104 x 128
     for transformed, (image, label) in ((False, plain), (True, larger)):

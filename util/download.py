@@ -16,7 +16,7 @@ STALL_SECONDS = 15                           # a download fails if nothing arriv
 
 def download(url, path, remedy, sha256):
     """Downloads a file to path, unless it exists. sha256: its first digits, in hexadecimal; remedy: the flag
-    that avoids the download."""
+    that avoids the download. Raises InputError."""
     if not path.exists():
         with downloading(url, path, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,8 @@ def download(url, path, remedy, sha256):
 def download_zip(url, folder, inside, verify, remedy):
     """Downloads a zip and unpacks it. The folder in it that matches the pattern `inside` becomes `folder`.
 
-    verify(path) raises ValueError if that holds something else, so the zip itself needs no hash."""
+    verify(path) raises ValueError if that holds something else, so the zip itself needs no hash. Raises
+    InputError."""
     near = next(parent for parent in folder.absolute().parents if parent.exists())    # no disk but folder's
     with downloading(url, folder, remedy), tempfile.TemporaryDirectory(".part", folder.name, near) as own:
         receive(url, pathlib.Path(own, "zip"))

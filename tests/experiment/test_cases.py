@@ -1,4 +1,4 @@
-"""What people do with a run: a test of each kind of use that once failed."""
+"""What people do with a run: a test of each kind of use."""
 import json
 
 import pytest
