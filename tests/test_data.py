@@ -124,6 +124,13 @@ def test_without_scaling_every_pixel_is_a_pixel_of_the_image(crop):
     assert len({place[3:] for place in seen}) > len(tops) * len(lefts) / 2            # one draw for each axis
 
 
+def test_normalise():
+    """ImageNet's mean colour is 0 in each channel, one standard deviation above it 1."""
+    mean, above = [[124, 116, 104]], [[182, 174, 161]]
+    pixels = data.normalise(torch.tensor([mean, above], dtype=torch.uint8))       # (3, 2, 1)
+    torch.testing.assert_close(pixels[:, :, 0], torch.tensor([[0., 1]] * 3), rtol=0, atol=0.02)
+
+
 def test_the_longer_side_is_resized():
     images, labels = torch.rand(2, 3, 30, 60), random_batch(2, 1, 30, 60)[1][:, 0]
     small, small_labels = data.resize_longer_side(images, labels, 24)
