@@ -83,6 +83,12 @@ class MobileNetV2(nn.Module):
                 taps.append(x)
         return tuple(taps)
 
+    def load_imagenet(self, state):
+        """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier). Raises
+        RuntimeError naming the keys when they are not torchvision's."""
+        head = "features.18.", "classifier."
+        self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
+
 
 # ---- Sect. 3.1, Fig. 2: the static network, arch2 of [18] -----------------------------------------------
 

@@ -33,8 +33,7 @@ def begin(model, recipe, classes):
         if flag == "--static":
             more = load_static(model, recipe, list(classes), content)
         else:
-            state, head = state_of(content, "features.0.0.weight"), ("features.18.", "classifier.")
-            model.encoder.load_state_dict({key: state[key] for key in state if not key.startswith(head)})
+            model.encoder.load_imagenet(state_of(content, "features.0.0.weight"))
     except (RuntimeError, AttributeError, TypeError, LookupError) as error:
         raise InputError(f"{path}: belongs to another network ({brief(error)}); {TAKES[flag]}") from None
     return f"pretrain: starts from {flag} {path}{more}"
