@@ -76,7 +76,7 @@ class Recipe:
     auxiliary_weight: float = field("pretrain", 0.3, "Sect. 6: weight of the auxiliary losses", 0)
     auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")
     gradient_norm: float = field("pretrain", 3.0, "[18]: pre-training's gradients, clipped; 0: not", 0)
-    loss_stride: int = field("pretrain", 4, "[ours]: every loss is taken at 1/4 of the image")
+    loss_stride: int = field("pretrain", 4, "[ours]: every loss is taken at 1/N of the image")
     class_weights: float = field("pretrain", 0.0, "[ours], ENet: K of a class's weight in every loss, "
                                  "1 / log(K + its share of the pixels); 0: all weigh 1", 0)
 
