@@ -82,6 +82,7 @@ def test_quantised_colours_and_other_palettes_are_refused(folder):
     Frames(Merged(folder, "train"))
     save(folder / "trainannot/a_2.png", LABEL, COLOURS[[0, 3, 2, 1]])     # only the other maps show it
     refused(folder, "has the colour .* in .*trainannot/a_", Merged)
+    save(folder / "trainannot/a_2.png", LABEL, COLOURS)
     save(folder / "trainannot/a_0.png", LABEL, COLOURS[[0, 1, 2, 0]])     # class 0's colour
     refused(folder, "a_0.png: value 3, class 1", Merged)
     Merged.palette = [COLOURS[0], COLOURS[0] + 40]
