@@ -148,6 +148,9 @@ def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, monkeypatch, capsy
     folder, scored = copy_of(smoke, tmp_path).rename(tmp_path / "it's my run"), []
     before, evaluate_video = results_of(smoke), train.evaluate_video
     monkeypatch.setattr(train, "evaluate_video", lambda *a: scored.append(a[3:]) or evaluate_video(*a))
+    if rows == 8 and not recipe:                  # only the end is missing: the best is so on val, not on test
+        worse, better = sorted((before["rows"][2], before["rows"][6]), key=lambda row: row["val"]["miou"])
+        worse["test"]["miou"], better["test"]["miou"] = 1.0, 0.0
     kept = {"recipe": before["recipe"], "rows": before["rows"][:rows], **recipe}
     (folder / "results.json").write_text(json.dumps(kept))
     train.main([*arguments_of(folder), "--stage", "evaluate"])
