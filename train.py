@@ -93,8 +93,6 @@ class Recipe:
     early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
     early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1: as done in [18]; [ours]: average, if "
                                  "below it", choices=("as-in-18", "average"))
-    latency_weight: float = field("search", 0.0, "[ours], Sect. 1: W of reward * (time / target) ** -W", 0)
-    latency_target: float = field("search", 0.0, "[ours]: its target, ms a frame; 0: the decoder's", 0)
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
     controller_clip: float = field("search", 0.1, "[18]: PPO's clip", below=1)
     controller_baseline_decay: float = field("search", 0.95, "[18]: decay of the baseline", below=1)
@@ -407,7 +405,6 @@ def explore(run, strategy, log, static, meta_train, meta_val):
                 genotype = Genotype.from_tokens(row)
                 with log.candidate(k, genotype) as entry:
                     train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry)
-                    table.weigh_latency(run, genotype, static, meta_train[0], entry)      # [ours]
                 progress.update(len(log), **log.figures(k))
         log.sync()                                                # now every process has all of this round
         for k in numbers:                                         # [ours]: the early stop moves once a round

@@ -5,7 +5,6 @@ import re
 import typing
 
 from dyncell import CELLS, DECODER, Genotype
-from experiment import weights
 from util.errors import InputError
 from util.files import load, read_log
 
@@ -25,7 +24,7 @@ def cell_of(argument):
     path = pathlib.Path(text.strip()).expanduser()
     try:
         if path.suffix == ".pt":
-            text = weights.read(path, "--cell takes a trained cell").get("genotype", "no cell")
+            text = load(path, "--cell takes a trained cell").get("genotype", "no cell")
         elif path.suffix in (".json", ".txt"):
             text = path.read_text()
         genotype = KNOWN.get(text.strip()) or Genotype(text.strip())

@@ -127,8 +127,7 @@ def check_flags(command):
         ("network", "--stage predict or evaluate", network),
         ("enlarge", "--stage predict, or evaluate with --network", predict or network and command.network),
         ("data", "a --dataset of files, and another stage than predict", files and not predict),
-        ("cell", "a call without --network, which holds its own cell", not command.network),
-        ("latency_target", "--latency-weight", command.recipe.latency_weight)]
+        ("cell", "a call without --network, which holds its own cell", not command.network)]
     for name, what, works in ((name, *more) for names, *more in needs for name in names.split()):
         value = getattr(command, name, None)
         if value and not works:

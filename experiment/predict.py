@@ -10,7 +10,6 @@ from PIL import Image, ImageSequence
 
 import data
 from dyncell import VideoSegmenter, fold_batchnorm
-from experiment import weights
 from experiment.runs import flag
 from util import charts
 from util.costs import usable_device
@@ -109,7 +108,7 @@ def find_network(run, network):
 def open_network(path, command):
     """A checkpoint -> the network for inference, and the size (H, W) of the frames that it was trained on, or
     None if unknown. Raises InputError, also for a flag of the recipe that would do nothing."""
-    saved = weights.read(path, "--network takes a network trained by this program")
+    saved = load(path, "--network takes a network trained by this program")
     for name, value in command.given.items():
         there = (saved.get("recipe") or {}).get(name, value)
         if json.dumps(there) != json.dumps(value):                       # tuples are lists there

@@ -1,8 +1,7 @@
-"""The stages of a run, and the table of results: its rows, latency, and what is printed.
+"""The stages of a run, and the table of results: its rows, times, and what is printed.
 
 Additions to the paper: control networks, seeds, key-frame intervals, val beside test."""
 import contextlib
-import functools
 import json
 import math
 import pathlib
@@ -14,7 +13,7 @@ import time
 import torch
 
 import data
-from dyncell import DECODER, VideoSegmenter, fold_batchnorm, make_cell
+from dyncell import DECODER, VideoSegmenter, fold_batchnorm
 from experiment import figures, schedules
 from experiment.networks import SEARCHES, Network, networks, strategies
 from experiment.runs import Log, fields_of
@@ -89,23 +88,6 @@ def stage(run, name, stages):
         elif name == stages[-1]:
             print(f"next: the same command with --stage {NEXT[name]}")
     run.barrier()
-
-
-@torch.no_grad()
-def weigh_latency(run, genotype, static, stored, entry):
-    """A candidate's reward times (time / target) ** -latency_weight, and its time in the log: [ours], after
-    the outlook in Sect. 1. The time is the cell's in ms, batch norms folded, batch 1. It is measured, so such
-    a search is only as reproducible as the machine's times. The early stop's rewards are without it."""
-    if not run.recipe.latency_weight:
-        return
-    names = ["layer4", "dec", "layer2", "layer3", "layer4"]       # as DynamicCell takes them
-    names += ["layer1"] * ("layer1" in stored.maps)               # stored only if it is needed
-    inputs = [stored.maps[name][:1].float().contiguous(memory_format=torch.channels_last) for name in names]
-    calls = {kind: functools.partial(fold_batchnorm(run.to_device(make_cell(kind, static)).eval()), *inputs)
-             for kind in (genotype, DECODER)}
-    ms = milliseconds_in_turn(calls)
-    target, entry["ms"] = run.recipe.latency_target or ms[DECODER], ms[genotype]
-    entry["reward"] *= (entry["ms"] / target) ** -run.recipe.latency_weight
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """Files of weights that the user gives: for the encoder, for the static network, for predict."""
 import pathlib
-import warnings
 
 import torch
 
 from util.download import download
 from util.errors import InputError, brief
+from util.files import load
 
 # torchvision's mobilenet_v2; the file's name ends with the first digits of its SHA-256.
 IMAGENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
@@ -28,7 +28,7 @@ def begin(model, recipe, classes):
     if path == "imagenet":                   # in torch.hub's folder, which torchvision uses, too
         path = pathlib.Path(torch.hub.get_dir(), "checkpoints", pathlib.Path(IMAGENET).name)
         download(IMAGENET, path, "pass --encoder-weights FILE (or none)", IMAGENET[-12:-4])
-    content = read(path, TAKES[flag])
+    content = load(path, TAKES[flag])
     try:
         if flag == "--static":
             more = load_static(model, recipe, list(classes), content)
@@ -68,18 +68,3 @@ def state_of(content, key):
                 return {k[len(prefix):]: v for k, v in values.items() if k.startswith(prefix)}
             nested.append(values[name])
     raise LookupError(f"it has no {key}")
-
-
-def read(path, wanted):
-    """The content of a file of weights. Only tensors and plain values are loaded; no code is run. Raises
-    InputError that says what the file is and what is wanted."""
-    try:
-        with warnings.catch_warnings(action="ignore"):            # torch warns of what it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:               # torch.load raises many kinds
-        said = "is not what torch.save writes: cut short, a web page, a Git LFS pointer, safetensors"
-        if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
-            said = error.strerror.lower()
-        elif "GLOBAL" in str(error) or "TorchScript" in str(error):
-            said = "holds a pickled object, which could run code and is not loaded; save its state_dict()"
-        raise InputError(f"{path}: {said}; {wanted}") from None

@@ -45,14 +45,13 @@ STATEMENTS = [
     ("mIoU", "Table 3|Table 4", "experiment/table.py experiment/figures.py train.py", r"mIoU|network on val"),
     ("parameters, time", "Table 5", "dyncell.py experiment/table.py", r"parameters(,| and) (multiply|time)"),
     ("time of a clip", "Table 5", "experiment/table.py docs/glossary.md", r"baseline on the first frame"),
-    ("latency", "Sect. 1", "train.py experiment/table.py", r"time / target|reward.{0,80}outlook"),
     ("pre-training's rates", "Sect. 6", "train.py", r"\bpoly\b.*|a rate each"),
     ("auxiliary losses", "Sect. 6", "train.py dyncell.py", r"auxiliary (losses|adds)"),
     ("scale, zero-padding", "Sect. 6", "data.py", r"zero-padding"),
 ]
 # Every field of the recipe that cites the paper.
 FIELDS = {
-    "3.1": "static_network", "4": "sequence_length", "1": "latency_weight",
+    "3.1": "static_network", "4": "sequence_length",
     "4.1": "search_strategy input_longer_side input_crop input_pad cell_layers meta_val_share search_epochs "
            "search_batch early_stop early_stop_rule controller_lr",
     "4.1 4.2": "cell_lr",

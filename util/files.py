@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pathlib
+import warnings
 
 import torch
 
@@ -28,19 +29,22 @@ def save(path, content):
         beside.unlink(missing_ok=True)
 
 
-def load(path):
-    """The content that save() wrote. Raises InputError naming the file if it can't be read."""
+def load(path, wanted="restore it, or use another"):
+    """The content that save() wrote, or of a file of weights. Only tensors and plain values are loaded; no
+    code is run. Raises InputError that says what the file is, and the remedy, `wanted`."""
     path = pathlib.Path(path)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        with warnings.catch_warnings(action="ignore"):            # torch warns of what it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:               # a damaged file raises many kinds
-        reason = f"{type(error).__name__}: {brief(error)[:60]}"
-        raise InputError(f"{path}: is damaged, or not a file that this program wrote ({reason}); restore it, "
-                         "or use another") from None
+        reason = "is damaged, cut short, or another kind of file (a web page, a Git LFS pointer, safetensors)"
+        if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
+            reason = error.strerror.lower()
+        elif "GLOBAL" in str(error) or "TorchScript" in str(error):
+            reason = "holds a pickled object, which could run code and is not loaded; save its state_dict()"
+        raise InputError(f"{path}: {reason}; {wanted}") from None
 
 
 def fill(module, state, path):

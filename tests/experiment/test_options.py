@@ -112,7 +112,6 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--stage predict --input x --output y --data z", "--data"), ("--save-confidence", "--stage predict"),
     ("--network static", "--network"), ("--stage evaluate --network x.pt --cell concat", "--cell"),
     ("--stage evaluate --enlarge 640", "--network"), ("--data x", "--data"),
-    ("--latency-target 3", "--latency-weight"),
 ])
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_made(tmp_path, small, line, said):
     with pytest.raises(InputError) as error:

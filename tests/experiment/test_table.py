@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import types
 
 import numpy as np
 import pytest
@@ -250,21 +249,6 @@ def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(run, monke
     monkeypatch.setattr(table, "milliseconds_in_turn", milliseconds_in_turn)
     table.frame_costs(run, video)
     assert called == {"ms_encoder": [], "ms_key_frame": ["decode"], "ms_later_frame": ["forward"]}
-
-
-def test_latency_is_a_factor_of_the_reward(run, monkeypatch):
-    """Sect. 1's outlook: reward * (time / target) ** -W. Times in ms: the cell's 4, the decoder's 16."""
-    monkeypatch.setattr(table, "milliseconds_in_turn", lambda calls: {
-        kind: call() and (16.0 if kind == "decoder" else 4.0) for kind, call in calls.items()})
-    static = Arch2(6).eval()
-    with torch.no_grad():
-        _, layer2, layer3, layer4 = features = static.encode(torch.rand(2, 3, 48, 64))
-        maps = {"layer2": layer2, "layer3": layer3, "layer4": layer4, "dec": static.decode(features)[0]}
-    stored = types.SimpleNamespace(maps={name: x.half() for name, x in maps.items()})
-    for weight, target, reward in ((0.0, 1.0, 0.6), (0.5, 1.0, 0.3), (0.5, 0.0, 1.2)):
-        run.recipe.latency_weight, run.recipe.latency_target, entry = weight, target, {"reward": 0.6}
-        table.weigh_latency(run, BEST, static, stored, entry)
-        assert entry == ({"reward": pytest.approx(reward), "ms": 4.0} if weight else {"reward": 0.6})
 
 
 # ---- a finished run is added to, a run of one's own

@@ -112,7 +112,7 @@ def test_camvid_from_the_web(camvid, server, monkeypatch):
     monkeypatch.chdir(camvid / "work")
     by_hand = camvid / f"hub/checkpoints/net-{DIGITS}.pth"
     for server.mode, said in (("404", f"404.*{by_hand} by hand, or pass --encoder-weights FILE"),
-                              ("good", f"{by_hand}: is not what torch.save writes")):
+                              ("good", f"{by_hand}: is damaged")):
         with pytest.raises(InputError, match=said):
             train.main(["--dataset", "camvid"])
     assert server.requests == 2 and by_hand.read_bytes() == BODY

@@ -14,7 +14,7 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
     torch.save({"static": Evil()}, tmp_path / "static.pt")
-    with pytest.raises(InputError, match="static.pt: is damaged"):
+    with pytest.raises(InputError, match="static.pt: holds a pickled object"):
         files.load(tmp_path / "static.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -28,7 +28,7 @@ def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkey
         files.save(path, {"a": [3]})
     assert files.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=f"{name}: is damaged, or not .*; restore it"):
+    with pytest.raises(InputError, match=f"{name}: is damaged.*; restore it"):
         files.load(path)
 
 
