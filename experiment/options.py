@@ -9,13 +9,14 @@ import pathlib
 import shlex
 import typing
 
+import torch
 import torch.distributed as dist
 
 import data
 from dyncell import CELLS, STATICS
 from experiment import schedules, weights
 from experiment.networks import SEARCHES, cell_texts, named
-from experiment.runs import Run, check_recipe, flag, locked
+from experiment.runs import STAGES, Run, check_recipe, flag, locked, stage_of
 from util.device import best_device, limit_memory
 from util.errors import InputError
 from util.files import load, save
@@ -136,6 +137,8 @@ def check_flags(command):
             raise InputError(f"{flag(name)} {value}: must be 0 or more")
     if predict and not (command.input and command.output):
         raise InputError("--input and --output: needed for --stage predict")
+    if predict and not os.path.exists(command.input):
+        raise InputError(f"--input {command.input}: no such file or folder")
 
 
 def check(recipe):
@@ -191,7 +194,7 @@ def check_run(run, command):
 def check_folder(run):
     """Raises InputError if a file in the run's folder was made with another recipe, naming the file and the
     fields."""
-    for path in sorted(run.folder.glob("*.pt")):
+    for path in sorted(run.folder.glob("*.pt"), key=lambda path: (STAGES.index(stage_of(path)), path)):
         if path.name != "examples.pt":
             run.checkpoint(path.stem)
     for name, _, _ in SEARCHES.values():     # a log has no recipe of its own
@@ -204,6 +207,9 @@ def check_folder(run):
 def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
+    if not command.network:
+        print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, {run.world} "
+              f"process(es) of {torch.get_num_threads()} threads", flush=True)
     run.first(lambda: check_run(run, command))
     if command.network:
         yield run

@@ -110,14 +110,12 @@ def seconds_of(run, stages):
 
 
 def announce(run, command, recipe_for):
-    """Prints the first line of a run: its schedule, about how long its stages take here, and how to have the
-    other schedule. Sets run.expected, {stage: seconds} of this command's stages."""
+    """Prints about how long a run's stages take here, and how to have the other schedule. Sets run.expected,
+    {stage: seconds} of this command's stages."""
     speed, size = seconds_per_pixel(run) / run.world, run.frame_size()
     run.expected = {stage: START + speed * pixels
                     for stage, pixels in pixels_of(run).items() if stage in command.stages}
-    print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, {run.world} "
-          f"process(es) of {torch.get_num_threads()} threads: about "
-          f"{duration(sum(run.expected.values()))} for {' '.join(run.expected)}")
+    print(f"about {duration(sum(run.expected.values()))} for {' '.join(run.expected)}, measured on two images")
     if (run.recipe.dataset, "short") not in SCHEDULES and size != data.CamVid.SIZE:
         print(f"its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x 360; set "
               "--static-crop, --end-crop and --input-pad to match")

@@ -172,7 +172,7 @@ def new_row(run, network, every, costs, scores):
 def evaluate_network(run, path, evaluate_video, enlarge=0):
     """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved.
     evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises InputError."""
-    path, video, classes = pathlib.Path(path), VideoSegmenter.load(path), run.frames("val").dataset.classes
+    path, video, classes = pathlib.Path(path), VideoSegmenter.load(path), run.dataset("val").classes
     if video.classes != list(classes):
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
                          f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")

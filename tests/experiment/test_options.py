@@ -143,6 +143,15 @@ def test_too_little_memory_is_told_before_any_work(tmp_path, monkeypatch, datase
     assert not lacking(needs.get("pretrain", (0, 40))[1], "pretrain")
 
 
+def test_the_schedule_is_said_before_a_download_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        train.main(["--dataset", "camvid", "--schedule", "short", "--encoder-weights", "none"])
+    assert capsys.readouterr().out.startswith("runs/camvid: camvid, schedule short, on")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_first_lines_say_the_time_and_whether_the_other_recipe_fits(
         tmp_path, monkeypatch, camvid, capsys):
     monkeypatch.setattr(schedules, "seconds_per_pixel", lambda run: 1e-6)
@@ -154,8 +163,7 @@ def test_the_first_lines_say_the_time_and_whether_the_other_recipe_fits(
         run = runs.Run(command.run, command.recipe, command.data, command.device)
         schedules.announce(run, command, recipe_for)
         first, other = capsys.readouterr().out.splitlines()
-        time = schedules.duration(sum(run.expected.values()))
-        assert f"schedule {schedule}" in first and f"about {time} for" in first
+        assert f"about {schedules.duration(sum(run.expected.values()))} for" in first
         assert f"--schedule {'short' if schedule == 'paper' else 'paper'}" in other
         assert ("needs" in other) == (memory < 99), other
     with pytest.raises(InputError, match="pretrain: .* GB.*lower --.*--schedule short"):

@@ -347,7 +347,7 @@ def test_a_run_that_is_killed_50_times_in_all_stages_ends_with_the_same_numbers(
 def test_a_full_disk_is_told_and_the_run_goes_on(smoke, tmp_path):
     folder = copy_of(smoke, tmp_path, "nothing")
     log = (smoke / "search.jsonl").read_bytes()
-    for limit in (100, 100_000, 8_000_000, len(log) - 100):       # recipe.json, a checkpoint, one with
+    for limit in (1000, 100_000, 8_000_000, len(log) - 100):       # recipe.json, a checkpoint, one with
         if limit == len(log) - 100:                               # optimisers; half a line of the log
             shutil.copy(smoke / "static.pt", folder)
             (folder / "search.jsonl").write_bytes(log[:-400])
