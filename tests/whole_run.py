@@ -2,12 +2,11 @@
 
     from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
                                          to be read or copied, never written to
-    start(folder, *arguments)            train.main in a process of its own, which may be killed
+    start(folder)                        train.main in a process of its own, which may be killed
 """
 import multiprocessing
 import os
 import pathlib
-import resource
 import runpy
 import shutil
 import sys
@@ -103,10 +102,10 @@ def content_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def start(folder, *arguments, kill=None, limit=None):
+def start(folder, kill=None):
     """The small run's command in a process of its own. kill: None, or (seconds, signal) from when run_main's
-    handlers are there; limit: the largest file that may be written, in bytes, or None."""
-    return run_forked(command, folder, [*arguments_of(folder), *arguments], kill, limit)
+    handlers are there."""
+    return run_forked(command, folder, arguments_of(folder), kill)
 
 
 def run_forked(function, folder, *arguments):
@@ -124,11 +123,9 @@ def write_to(out):
     os.dup2(file, 2)
 
 
-def command(out, arguments, kill, limit):
+def command(out, arguments, kill):
     write_to(out)
     make_small(setattr)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     seconds, number = kill or (1e6, 0)
     timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
     timer.daemon = True                      # a mistake ends the process at once

@@ -9,9 +9,11 @@ from whole_run import arguments_of, copy_of, small, smoke
 
 import train
 from data import InputError
+from dyncell import Arch2
 from experiment import options, runs, schedules
 from train import Recipe, recipe_for
 from util import files
+from util.progress import Progress
 
 
 def parse(*words):
@@ -97,16 +99,13 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
 # ---- what can't work; of the data: tests/test_data.py
 
 @pytest.mark.parametrize("line, said", [
-    ("--dataset kitti", "kitti"), ("--see 3", "--see"), ("--static-epochs 0", "--static FILE"),
-    ("--end-epochs -1", "0 or more"), ("--cell-lr nan", "above 0"), ("--key-frames 0 -3", "--key-frames -3"),
+    ("--dataset kitti", "kitti"), ("--static-epochs 0", "--static FILE"), ("--end-epochs -1", "0 or more"),
+    ("--cell-lr nan", "above 0"), ("--key-frames 0 -3", "--key-frames -3"), ("--key-frames", "--key-frames"),
     ("--meta-val-share 1", "below 1"), ("--static-scale 2 0.5", "--static-scale"),
-    ("--class-weights 1", "above 1"),
-    ("--sequence-length 9", "--sequence-length 9"), ("--cells 0 --cell", "--cells 0"),
-    ("--key-frames", "--key-frames"), ("--cell warp9", "warp9"), ("--cell nowhere.json", "nowhere.json"),
-    ("--cell [1,2]", "--cell"), ("--static nowhere.pt", "nowhere.pt: no such"),
-    ("--encoder-weights .", "is a directory"), ("--device warp9", "warp9"),
+    ("--class-weights 1", "above 1"), ("--cells 0 --cell", "--cells 0"), ("--cell warp9", "warp9"),
+    ("--static nowhere.pt", "nowhere.pt: no such"), ("--device warp9", "warp9"),
     ("--dataset camvid --data nowhere", "nowhere: no such folder"),
-    ("--stage search", "static.pt"), ("--stage finetune", "static.pt"), ("--stage evaluate", "baseline.pt"),
+    ("--stage search", "static.pt"), ("--stage evaluate", "baseline.pt"),
     ("--stage predict", "--input and --output"),
     ("--stage predict --input x --output y --key-frame-every -1", "--key-frame-every -1"),
     ("--stage predict --input x --output y --data z", "--data"), ("--save-confidence", "--stage predict"),
@@ -152,6 +151,15 @@ def test_the_schedule_is_said_before_a_download_fails(tmp_path, monkeypatch, cap
     assert not any(tmp_path.iterdir())
 
 
+def test_out_of_memory_is_told_with_the_flags_that_help(small, tmp_path, monkeypatch):
+    def forward(*_):
+        raise MemoryError
+    monkeypatch.setattr(Arch2, "forward_auxiliary", forward)
+    with pytest.raises(InputError, match="pretrain: out of memory on cpu .*--static-batch") as told:
+        train.main(["--schedule", "smoke", "--run", str(tmp_path / "run")])
+    assert "\n" not in str(told.value) and Progress.stage == ""
+
+
 def test_the_first_lines_say_the_time_and_whether_the_other_recipe_fits(
         tmp_path, monkeypatch, camvid, capsys):
     monkeypatch.setattr(schedules, "seconds_per_pixel", lambda run: 1e-6)
@@ -167,12 +175,4 @@ def test_the_first_lines_say_the_time_and_whether_the_other_recipe_fits(
         assert f"--schedule {'short' if schedule == 'paper' else 'paper'}" in other
         assert ("needs" in other) == (memory < 99), other
     with pytest.raises(InputError, match="pretrain: .* GB.*lower --.*--schedule short"):
-        options.check_run(run, command)
-
-
-def test_a_batch_that_is_too_small_for_the_processes_is_refused(tmp_path):
-    command = parse("--schedule", "smoke", "--cell-batch", "7", "--run", str(tmp_path / "run"))
-    run = runs.Run(command.run, command.recipe, command.data, "cpu")
-    run.world = 4
-    with pytest.raises(InputError, match="--cell-batch: 7; each of 4"):
         options.check_run(run, command)

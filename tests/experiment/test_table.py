@@ -14,7 +14,7 @@ from whole_run import arguments_of, content_of, copy_of, small, smoke
 import data
 import train
 from data import InputError
-from dyncell import Arch2, DynamicCell, Genotype, VideoSegmenter
+from dyncell import CELLS, Arch2, DynamicCell, Genotype, VideoSegmenter
 from train import recipe_for
 from experiment import networks, table
 from experiment.networks import Network
@@ -82,10 +82,18 @@ def test_seeds_cells_without_a_past_and_fewer_candidates(run):
             names(run, search_candidates=count)
 
 
-def test_name_equals_genotype_names_a_row():
-    """Also as a recipe keeps it. Forms of a cell, and without a name: test_cases.py."""
-    assert networks.cell_of(f"past={BEST.to_json()}") == ("past", BEST)
-    assert networks.cell_of("".join(str(BEST).split()))[0].startswith("custom-")          # "node0=..."
+def test_a_cell_is_a_name_a_file_a_checkpoint_or_a_text_and_may_get_a_name_of_its_own(smoke, tmp_path):
+    """Also as a recipe keeps it."""
+    own = files.load(smoke / "cell-0.pt")["genotype"]
+    (tmp_path / "own.json").write_text(own)
+    name, genotype = networks.cell_of(own)
+    assert re.fullmatch("custom-.{6}", name)
+    for text in (tmp_path / "own.json", smoke / "cell-0.pt", *networks.cell_texts([own]),
+                 "".join(str(genotype).split())):                         # "node0=..."
+        assert networks.cell_of(str(text)) == (name, genotype)
+    assert networks.cell_of("decoder") == ("decoder", "decoder")
+    assert networks.cell_of(CELLS["warp"].to_json()) == ("warp", CELLS["warp"])
+    assert networks.cell_of(f"past={own}") == ("past", genotype)
     assert networks.cell_texts(["d2=decoder", "warp=warp", f"past={BEST}", f"past = {BEST}"]) == (
         "d2=decoder", "warp", f"past={BEST}")
     for argument, said in (("0=warp", "invalid"), ("a-seed1=warp", "invalid"), ("x=", "invalid"),
@@ -138,6 +146,8 @@ def test_the_table_has_a_row_of_every_network_and_key_frame_interval(smoke):
         assert re.search(f"{row['title']} .* {scores} +{row['parameters']:,} ", out)
     assert len({row["test"]["miou"] for row in rows}) > 5                 # the test sees more than one answer
     assert results["best"] == max(rows[2], rows[6], key=lambda row: row["val"]["miou"])["name"]
+    for said in ("evaluate: stage 4 of 4", "[4/4] cell-0 on test 8/8", "These numbers mean nothing"):
+        assert said in out
 
 
 @pytest.mark.parametrize("rows, recipe", [(7, {}), (8, {}), (8, {"recipe": "another"})])
@@ -147,7 +157,7 @@ def test_a_table_that_was_cut_goes_on(smoke, small, tmp_path, monkeypatch, capsy
     folder, scored = copy_of(smoke, tmp_path).rename(tmp_path / "it's my run"), []
     before, evaluate_video = results_of(smoke), train.evaluate_video
     monkeypatch.setattr(train, "evaluate_video", lambda *a: scored.append(a[3:]) or evaluate_video(*a))
-    if rows == 8 and not recipe:                  # only the end is missing: the best is so on val, not on test
+    if rows == 8 and not recipe:                  # only the end is missing: best on val is not best on test
         worse, better = sorted((before["rows"][2], before["rows"][6]), key=lambda row: row["val"]["miou"])
         worse["test"]["miou"], better["test"]["miou"] = 1.0, 0.0
     kept = {"recipe": before["recipe"], "rows": before["rows"][:rows], **recipe}
@@ -227,28 +237,27 @@ def test_mean_times_by_hand(every, sequence, clip):
     assert table.mean_ms(costs, every, [4, 8]) == pytest.approx(clip)
 
 
-def test_frames_are_timed_as_they_are_evaluated_padded_and_in_float32(run, monkeypatch):
-    """The network pads 48 x 64 to 56. What each call runs: the encoder's input, then decoder or cell."""
+def test_frames_are_timed_as_they_are_evaluated(run, monkeypatch):
+    """The network pads 48 x 64 to 56. What each call runs: encoder, then decoder or cell."""
     video, seen, called = VideoSegmenter(Arch2(6), DynamicCell(BEST, 6), pad=56).eval(), [], {}
     for kind, method in (Arch2, "encode"), (Arch2, "decode"), (DynamicCell, "forward"):
-        def note(self, *x, method=method, real=getattr(kind, method), **more):
-            seen.append(x[0] if method == "encode" else method)
-            return real(self, *x, **more)
+        def note(self, x, *others, method=method, real=getattr(kind, method), **more):
+            seen.append((method, x))
+            return real(self, x, *others, **more)
         monkeypatch.setattr(kind, method, note)
 
     def milliseconds_in_turn(calls, repeats):
         for name, call in calls.items():
             seen.clear()
             call()
-            image, *called[name] = seen
+            called[name], (image, *_) = zip(*seen)
             assert image.shape == (1, 3, 56, 64) and image.is_contiguous(memory_format=torch.channels_last)
-            assert (image[:, :, :4] == 0).all() and (image[:, :, 4] != 0).any()
-            assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(table, "milliseconds_in_turn", milliseconds_in_turn)
     table.frame_costs(run, video)
-    assert called == {"ms_encoder": [], "ms_key_frame": ["decode"], "ms_later_frame": ["forward"]}
+    assert called == {"ms_encoder": ("encode",), "ms_key_frame": ("encode", "decode"),
+                      "ms_later_frame": ("encode", "forward")}
 
 
 # ---- a finished run is added to, a run of one's own
@@ -317,3 +326,27 @@ def test_every_stage_runs_on_the_layout_of_cityscapes(small, tmp_path, capsys):
     assert [row["name"] for row in results["rows"]] == ["static", "baseline", "cell-0"]
     assert results["reported"] == "val" and "val split" in capsys.readouterr().out
     assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 7
+
+
+def test_sparse_labels_and_splits_of_different_sizes_train(small, tmp_path, monkeypatch):
+    class Mine(data.Synthetic):
+        def __init__(self, root, split):
+            super().__init__(root, split)
+            self.SIZE = {"train": (48, 64), "val": (32, 64), "test": (64, 96)}[split]
+            for clip in self.clips:
+                clip[::2] = [frame._replace(label=None) for frame in clip[::2]]
+
+        def read(self, frame):
+            image, label = super().read(frame)
+            return image, label if frame.label else label * 0 + data.IGNORE
+
+    monkeypatch.setattr(data.Synthetic, "SPLITS", {"train": (2, 6), "val": (1, 6), "test": (1, 6)})
+    monkeypatch.setitem(data.DATASETS, "mine", Mine)
+    (tmp_path / "root").mkdir()
+    flags = ("--dataset mine --schedule smoke --encoder-weights none --static-lr-encoder 0.001 "
+             "--static-batch 4 --search-batch 2 --cell-batch 2 --cells 0 --cell concat")
+    train.main([*flags.split(), "--data", str(tmp_path / "root"), "--run", str(tmp_path / "run")])
+    text = (tmp_path / "run" / "results.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)                # no NaN
+    assert results["rows"][0]["test"]["consistency"] is None
+    assert files.load(tmp_path / "run" / "static.pt")["size"] == (48, 64)

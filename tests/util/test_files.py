@@ -1,6 +1,7 @@
 """util/files.py: a file is complete or absent, and one that can't be read is named."""
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -20,12 +21,16 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.json"])
-def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, monkeypatch, name):
-    path = tmp_path / name
+def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, name):
+    """A file that must not become so large ends as one on a full disk does."""
+    path, before = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
     files.save(path, {"a": [1, 2]})
-    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        files.save(path, {"a": [3]})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            files.save(path, {"a": [3] * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files.load(path) == {"a": [1, 2]} and [p.name for p in tmp_path.iterdir()] == [name]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=f"{name}: is damaged.*; restore it"):
