@@ -87,7 +87,8 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert [path.stem for path in figures.draw(tmp_path)] == ["fig3-rewards"]     # a random search alone
     training(tmp_path / "static.pt", 2, optimizers=[])                    # a training that goes on
     training(tmp_path / "cell-0-alone.pt", 1, genotype=FIRST.to_json())
-    (tmp_path / "search.jsonl").write_text(json.dumps(entry(0, 0.3)) + '\n{"candidate": 1, "tok')
+    failed = json.dumps(entry(0, 0.0, status="not finite"))
+    (tmp_path / "search.jsonl").write_text(failed + '\n{"candidate": 1, "tok')
     assert [path.stem for path in figures.draw(tmp_path)] == [
         "curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune", "fig7-cell-0"]
     (tmp_path / "figures/fig3-rewards.png").unlink()
@@ -137,11 +138,6 @@ def test_what_is_sampled_by_hand_also_by_a_new_operation(drawn, monkeypatch):
     assert operations(12, 50) == style["gap"][0] and operations(27, 100) == style["my_op"][0]
     assert inputs(12, 200 / 3) == charts.COLOURS[1]                       # dec_prev, as in Fig. 7
     assert aggregations(12, 50) in charts.COLOURS[:2] and aggregations(27, 100) == charts.COLOURS[1]
-
-
-def test_a_log_of_one_candidate_that_failed():
-    figures.rewards(log := [entry(0, 0.0, status="out of memory")]).finished()
-    figures.sampling(log).finished()
 
 
 def test_losses_are_per_frame(tmp_path, drawn):

@@ -90,12 +90,17 @@ def test_an_animation_keeps_its_timing(smoke, frames_folder, tmp_path, kind, hid
 
 
 def test_a_long_video_has_a_short_animation(smoke, frames_folder, tmp_path, monkeypatch, capsys):
-    """And the network is the best on val if none is named."""
+    """The network is the best on val if none is named, and a GPU works in float32."""
+    precise, segment = [], VideoSegmenter.segment
+    monkeypatch.setattr(VideoSegmenter, "segment", lambda *inputs: (
+        precise.append(not torch.backends.cudnn.allow_tf32) or segment(*inputs)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(predict, "ANIMATION", (2, 32))                    # frames and width at most
     animation = Image.open(run_predict(smoke, frames_folder, tmp_path / "out") / "overlay.webp")
     said, best = capsys.readouterr().out, files.load(smoke / "results.json")["best"]
     assert animation.n_frames == 2 and animation.width == 32 and "one frame in 2" in said
     assert f"predict: {best} of {smoke}, 6 classes: ground, stripes" in said
+    assert precise == [True] * 4 and torch.backends.cudnn.allow_tf32
 
 
 # ---- key frames
@@ -112,15 +117,6 @@ def test_a_clip_and_what_follows_a_long_gap_begin_with_a_key_frame(smoke, small,
         alone = run_predict(smoke, frames, tmp_path / f"{part[0]}.out", *flags)
         for path in (alone / "labels").iterdir():
             assert path.read_bytes() == (out / "labels" / path.name).read_bytes()
-
-
-def test_a_gpu_works_in_float32(smoke, frames_folder, tmp_path, monkeypatch):
-    seen, segment = [], VideoSegmenter.segment
-    monkeypatch.setattr(VideoSegmenter, "segment", lambda *inputs: (
-        seen.append(torch.backends.cudnn.allow_tf32) or segment(*inputs)))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    run_predict(smoke, frames_folder, tmp_path / "out")
-    assert seen == [False] * 4 and torch.backends.cudnn.allow_tf32
 
 
 # ---- inputs as people have them

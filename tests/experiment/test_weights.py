@@ -1,7 +1,5 @@
 """experiment/weights.py: files of weights as people have them are taken, or refused in one line that says
 what the file is."""
-import io
-
 import pytest
 import torch
 from whole_run import arguments_of, copy_of, small, smoke
@@ -15,13 +13,6 @@ from experiment.runs import flag
 
 def begin(model, classes="abcdef", **changes):
     return weights.begin(model, train.recipe_for("synthetic", "smoke", **changes), list(classes))
-
-
-def written(content, length=None):
-    """The first bytes of what torch.save writes."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()[:length]
 
 
 @pytest.mark.parametrize("wrap", [
@@ -38,13 +29,11 @@ def test_an_encoder_is_taken_in_every_wrapping(tmp_path, wrap):
 
 
 @pytest.mark.parametrize("content, said", [
-    (written(torch.nn.Linear(2, 2)), "pickled"), (b"\n<html>403</html>", "a web page"), (b"", "cut short"),
-    (written({"a": torch.zeros(9999)}, 20000), "cut short"), (written([1]), "another network"),
-    (written({"conv1.weight": torch.zeros(1)}), "another network"),
-    (written({"encoder.features.0.0.weight": torch.zeros(1)}), "another network")])
+    (torch.nn.Linear(2, 2), "pickled"), ([1], "another network"),
+    ({"conv1.weight": torch.zeros(1)}, "another network"),
+    ({"encoder.features.0.0.weight": torch.zeros(1)}, "another network")])
 def test_what_a_file_is_that_cannot_be_taken_is_said_in_one_line(tmp_path, content, said):
-    path = tmp_path / "file.pth"
-    path.write_bytes(content)
+    torch.save(content, path := tmp_path / "file.pth")
     for field in weights.FILES:
         with pytest.raises(InputError, match=said) as error:
             begin(Arch2(6), **{field: str(path)})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from util.errors import InputError, each, out_of_memory, run_main
+from util.progress import Progress
 
 
 def test_the_problems_of_all_splits_are_listed_once():
@@ -38,13 +39,15 @@ def test_a_stopped_script_says_one_line(capsys, number):
 def test_a_script_works_without_a_terminal_or_any_output(monkeypatch, written):
     def main():
         print("mIoU 66 ± 1")
+        Progress("search", 1).update(1, loss=0.25)
         raise InputError("a.png: no such file")
 
     stream = None if written is None else types.SimpleNamespace(write=written.append)
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
     assert ended(main) == 2
-    assert not stream or "".join(written) == "mIoU 66 ± 1\nerror: a.png: no such file\n"
+    lines = ["mIoU 66 ± 1", "search 1/1  loss 0.25", "error: a.png: no such file"]
+    assert not stream or "".join(written).splitlines() == lines
 
 
 @pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EACCES, False)])

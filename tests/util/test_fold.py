@@ -6,28 +6,23 @@ from torch import nn
 from util.fold import fold_batchnorm
 
 
-def cases():
-    """name: (module, how many batch norms stay)."""
-    def conv(**kind):
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **kind), nn.ReLU())
+def conv(**kind):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **kind), nn.ReLU())
 
-    def alone(**kind):
-        return nn.Sequential(nn.BatchNorm2d(3, **kind), nn.Conv2d(3, 4, 3))
 
-    for place, make in (("after a convolution", conv), ("before one", alone)):
-        yield place, make(), 0
-        yield f"{place}, without affine", make(affine=False), 0
-        yield f"{place}, without statistics", make(track_running_stats=False), 1
-        yield f"{place}, without either", make(affine=False, track_running_stats=False), 1
-    yield "itself a batch norm", nn.BatchNorm2d(3), 0
-    yield "two, after a ReLU", nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.BatchNorm2d(3)), 0
+CASES = {                                    # name: (module, how many batch norms stay)
+    "after a convolution": (conv(), 0),
+    "without affine": (conv(affine=False), 0),
+    "without statistics": (conv(track_running_stats=False), 1),
+    "before a convolution": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), 0),
+    "two, after a ReLU": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3)), 0),
+    "itself a batch norm": (nn.BatchNorm2d(3), 0)}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case[0])
-def test_the_folded_module_is_the_same_function(case):
+@pytest.mark.parametrize("module, left", CASES.values(), ids=CASES)
+def test_the_folded_module_is_the_same_function(module, left):
     torch.manual_seed(0)
-    _, module, left = case
     module = module.double()
     for bn in module.modules():
         if isinstance(bn, nn.BatchNorm2d):

@@ -21,7 +21,7 @@ def printed(monkeypatch, stdout, times, *done, total=10, **more):
         line = Progress("search", total, **more)
         for k in done:
             line.update(k, loss=0.25)
-    return stdout and stdout.getvalue()
+    return stdout.getvalue()
 
 
 def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
@@ -36,16 +36,6 @@ def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
     text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2)
     assert text == "\r\033[K[2/4] search 7/1,000  loss 0.25  17 min left, 77 min of all"         # 60 columns
     assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
-
-
-def test_any_stdout_will_do(monkeypatch):
-    class Bare:                                           # write alone
-        def __init__(self):
-            self.getvalue, self.write = (lambda: "".join(self.parts)), (lambda text: self.parts.append(text))
-            self.parts = []
-
-    assert printed(monkeypatch, None, (0, 1), 1) is None
-    assert printed(monkeypatch, Bare(), (0, 1), 1) == "search 1/10  loss 0.25  9 s left\n"
 
 
 @pytest.mark.parametrize("seconds, text", [(99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")])
