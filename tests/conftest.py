@@ -37,13 +37,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def no_signal_handlers_left():
     """A handler that a test leaves behind would swallow the Ctrl-C of all tests after it."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.getsignal(number) for number in numbers]
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
     yield
-    after = [signal.getsignal(number) for number in numbers]
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
-    assert after == before, "the test leaves handlers of SIGINT or SIGTERM behind"
+    assert handlers() == before, "the test leaves handlers of SIGINT or SIGTERM behind"
 
 
 @pytest.fixture

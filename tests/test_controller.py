@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import controller
-from controller import PPO, Controller, EarlyStop, planted_reward
+from controller import PPO, Controller, EarlyStop
 
 
 def generator(seed=0):
@@ -99,14 +99,6 @@ def test_samples_follow_the_enumerated_probabilities():
     p = p.reshape(model.choices)
     first = (p[..., 0] / p.sum(-1)).flatten(1)
     assert (first[0] - first[1]).abs().max() > 1e-3
-
-
-def test_a_seed_gives_the_same_parameters_and_tokens():
-    a, b = (Controller(2, generator=generator(5)) for _ in range(2))
-    before = torch.get_rng_state()
-    for draw in (lambda model, g: model.sample(6, g)[0], lambda model, g: model.random(6, g)):
-        assert torch.equal(draw(a, generator(3)), draw(b, generator(3)))
-    assert torch.equal(before, torch.get_rng_state())                     # torch's own is not touched
 
 
 # ---- PPO -----------------------------------------------------------------------------------------
@@ -287,32 +279,18 @@ def test_how_many_of_a_thousand_candidates_are_stopped(rule, least, most):
 
 # ---- A search whose answer is known --------------------------------------------------------------
 
-def test_planted_reward():
-    best, reward = planted_reward(Controller(5), seed=3)
-    other = torch.where(best > 0, 0, 1)
-    half = torch.where(torch.arange(25) < 10, other, best)
-    assert reward(torch.stack((best, other, half))).tolist() == pytest.approx([1, 0.54, 0.54 + 0.46 * 0.6])
-    noisy = reward(best.expand(2000, -1), generator())
-    assert abs(noisy.mean() - 1) < 0.003 and abs(noisy.std() - 0.03) < 0.003
-
-
-@pytest.fixture(scope="module")
-def searched():
-    return controller.search(seed=0, samples=300, rollout=10)
-
-
-def test_ppo_beats_random_search_on_a_planted_genotype(searched):
-    found, uniform, entropy = searched
+def test_ppo_beats_random_search_on_a_planted_genotype(monkeypatch, capsys):
+    """The mean reward of random strings is 1 - 0.46 times the mean share of wrong tokens. `python
+    controller.py` prints both curves."""
+    found, uniform, entropy = searched = controller.search(seed=0, samples=300, rollout=10)
     assert found.shape == uniform.shape == (300,) and entropy.shape == (30,)
-    assert found[-50:].mean() > 0.73 > 0.62 > uniform.mean()  # the noise of one seed's mean is 0.02
+    wrong = sum(1 - 1 / n for n in Controller(5).choices) / 25
+    assert uniform.mean().item() == pytest.approx(1 - 0.46 * wrong, abs=0.01)
+    assert found[-50:].mean() > 0.73                      # the noise of one seed's mean is 0.02
     assert found.max() > uniform.max() + 0.07                             # the best of 300 samples each
     assert entropy[-1] < 40 < 50 < entropy[0]
-
-
-def test_main_prints_both_curves(searched, monkeypatch, capsys):
     monkeypatch.setattr(controller, "search", lambda *arguments: searched)
     controller.main(["--seeds", "2"])
-    found, uniform, entropy = searched
     figures = [f"{x:9.3f}" for x in (found[-50:].mean(), uniform[-50:].mean(), found.max(), uniform.max())]
     assert " ".join([f"{300:7}", *figures, f"{entropy[-1]:9.1f}"]) in capsys.readouterr().out
 
@@ -329,17 +307,12 @@ def test_sizes_and_settings_are_refused(make):
 
 
 def test_misshapen_tokens_and_those_out_of_range_are_refused():
-    model = Controller(2)
-    good = model.random(3, generator())
-    for bad in (good[0], good[:, :-1], good[:0], good.float(), good > 0):
-        with pytest.raises(ValueError, match="tokens must be"):
+    model, one = Controller(2), torch.eye(10, dtype=torch.int64)
+    good = torch.tensor([model.choices]) - 1              # the last choice of each position
+    assert model.log_prob(good)[0] < 0
+    for bad in (good[0], good[:, :-1], good[:0], good.float(), good > 0, *(good + one)[:, None], -one):
+        with pytest.raises(ValueError, match="token"):
             model.log_prob(bad)
-    for t, n in enumerate(model.choices):
-        for value in (-1, n):
-            good[1, t] = value
-            with pytest.raises(ValueError, match=f"token {t} of string 1 .* {value}"):
-                model.log_prob(good)
-        good[1, t] = 0
 
 
 def test_bad_updates_are_refused_and_change_nothing():
