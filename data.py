@@ -574,12 +574,11 @@ def main(arguments=None):
         description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
                     "contact sheet of frames, labels and class colours. Seconds; on CityScapes minutes.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="default: synthetic")
-    parser.add_argument("--data", help="the dataset's folder (default: data/DATASET; CamVid: "
-                                       "downloaded if there is none)")
+    parser.add_argument("--data", type=os.path.expanduser,        # the shell leaves the ~ of --data=~/camvid
+                        help="the dataset's folder (default: data/DATASET; CamVid: downloaded if none)")
     parser.add_argument("--output", default="contact-sheet.png",
                         help="file of the sheet, a PNG (default: %(default)s); it is overwritten")
     args = parser.parse_args(arguments)
-    args.data = args.data and os.path.expanduser(args.data)       # the shell leaves --data=~/camvid as it is
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     fetch(kind, root, args.data is not None)
 
