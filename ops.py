@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from util.costs import megabytes_kept, milliseconds_in_turn, multiply_adds, parameters, usable_device
+from util.costs import milliseconds_in_turn, multiply_adds, parameters, usable_device
 from util.errors import run_main
 
 
@@ -339,20 +339,19 @@ def main(arguments=None):
     parser.add_argument("--device", default="cpu", help="any torch device, such as cuda (default: cpu)")
     device = usable_device(parser.parse_args(arguments).device)
     torch.manual_seed(0)
-    x, y = (torch.randn(1, 64, 45, 60).to(device).requires_grad_() for _ in range(2))
+    x, y = (torch.randn(1, 64, 45, 60).to(device) for _ in range(2))
     print(f"At 64 channels, 45 x 60 (1/8 of a CamVid frame), batch 1, float32, device {device},\n"
-          f"{torch.get_num_threads()} threads. ms: a forward pass; MB: what it keeps for a backward pass.")
+          f"{torch.get_num_threads()} threads. ms: a forward pass.")
     for title, table, inputs in (("Table 1: operations", OPERATIONS, [x]),
                                  ("Table 2: aggregations", AGGREGATIONS, [x, y])):
         modules = {name: make(64).to(device).eval() for name, make in table.items()}
         with torch.no_grad():
             ms = milliseconds_in_turn({name: lambda module=module: module(*inputs)
                                        for name, module in modules.items()})
-        print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8} {'MB kept':>8}")
+        print(f"\n{title:24} {'parameters':>10} {'M mult-adds':>12} {'ms':>8}")
         for token, (name, module) in enumerate(modules.items()):
             macs = multiply_adds(module, *inputs) / 1e6
-            print(f"{token:3} {name:20} {parameters(module):10,} {macs:12.1f} {ms[name]:8.2f} "
-                  f"{megabytes_kept(module, *inputs):8.1f}")
+            print(f"{token:3} {name:20} {parameters(module):10,} {macs:12.1f} {ms[name]:8.2f}")
 
 
 # ---- What the method does without: a check, and a workaround for CPUs ----------------------------

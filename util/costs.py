@@ -1,4 +1,4 @@
-"""The cost of a module: parameters, multiply-adds, time, memory."""
+"""The cost of a module: parameters, multiply-adds, time."""
 import statistics
 import time
 
@@ -38,19 +38,6 @@ def milliseconds_in_turn(calls, repeats=5):
             wait()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(t[1:]) for name, t in times.items()}
-
-
-def megabytes_kept(module, *inputs):
-    """Memory in MB that a call allocates and keeps for its backward pass, including its result."""
-    kept = {}                                # address: storage, kept alive so that no address is reused
-    def note(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        note(module(*inputs))
-    for x in (*inputs, *module.parameters(), *module.buffers()):  # these were there before the call
-        kept.pop(x.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values()) / 1e6
 
 
 def usable_device(name):
