@@ -32,7 +32,7 @@ from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
 from experiment.runs import average_gradients, batches, check_finite, generator
 from util.costs import parameters
-from util.device import float32
+from util.device import tf32
 from util.progress import Progress
 
 
@@ -502,7 +502,7 @@ def segment_clips(run, name, video, split, key_frame_every=0):
             if video.cell is None and frames.list[k].label is None:
                 continue                                          # no label, and no state to hand on
             image, label = frames[k]                              # (H, W, 3), (H, W)
-            with float32():
+            with tf32(False):
                 pred, state = video.segment(image, state)
             yield k, pred, label
             progress.update(k + 1)

@@ -13,7 +13,7 @@ from dyncell import VideoSegmenter, fold_batchnorm
 from experiment.runs import flag
 from util import charts
 from util.costs import usable_device
-from util.device import best_device, float32
+from util.device import best_device, tf32
 from util.errors import InputError, brief, told
 from util.files import load, save
 from util.frames import read_all
@@ -135,7 +135,7 @@ def predict(command):
     for k, (name, image) in enumerate(zip(video.names, video.read())):    # (H, W, 3)
         if video.since[k] % every == 0:
             state = None                     # a key frame
-        with told("predict", command.device or best_device()), float32():          # no TF32
+        with told("predict", command.device or best_device()), tf32(False):
             if command.save_confidence:
                 probabilities, state = network.probabilities(image, state)            # (C, H, W)
                 largest, labels = probabilities.max(dim=0)        # (H, W)

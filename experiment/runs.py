@@ -25,7 +25,7 @@ except ImportError:                          # Windows
 import data
 from dyncell import DECODER, VideoSegmenter, make_cell
 from util.costs import usable_device
-from util.device import best_device, has_bf16, keep_freed_memory, set_tf32
+from util.device import best_device, has_bf16, keep_freed_memory
 from util.errors import InputError, brief, out_of_memory
 from util.files import fill, load, read_log, save
 from util.progress import Progress
@@ -226,7 +226,6 @@ class Run:
         self.device = usable_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        set_tf32(False)
         self.num_classes = len(data.dataset_class(recipe.dataset).classes)
         self.splits = ("train", "val", "test")[:2 if recipe.dataset == "cityscapes" else 3]   # no test labels
 

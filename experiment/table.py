@@ -18,7 +18,7 @@ from experiment import figures, schedules
 from experiment.networks import SEARCHES, Network, networks, strategies
 from experiment.runs import Log, fields_of
 from util.costs import milliseconds_in_turn, multiply_adds, parameters
-from util.device import set_tf32
+from util.device import tf32
 from util.errors import InputError, told
 from util.files import load, read_log, save
 from util.progress import Progress, duration
@@ -63,7 +63,6 @@ def stage(run, name, stages):
         raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
                          "needs it; run the earlier stages first")
     start, missing, number = time.time(), not done(run, name), stages.index(name) + 1
-    set_tf32(name != "evaluate")
     if missing:
         Progress.stage = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
         print(f"{name}: stage {number} of {len(stages)}", flush=True)
@@ -71,7 +70,7 @@ def stage(run, name, stages):
             Progress.ends = start + schedules.seconds_of(run, [name])
             Progress.after = schedules.seconds_of(run, stages[number:])
     try:
-        with told(name, run.device):
+        with told(name, run.device), tf32(name != "evaluate"):
             if missing:
                 data.each(run.frames, run.splits)                 # finds a broken file now
             yield missing
@@ -177,7 +176,7 @@ def evaluate_network(run, path, evaluate_video, enlarge=0):
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
                          f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")
     genotype, rows, video.enlarge = video.cell and getattr(video.cell, "genotype", DECODER), [], enlarge
-    with told("evaluate", run.device):
+    with told("evaluate", run.device), tf32(False):
         network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
         for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:
             scores = {split: evaluate_video(run, path.stem, video, split, every)

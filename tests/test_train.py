@@ -26,6 +26,7 @@ from experiment import runs
 from experiment.networks import Network
 from train import FeatureCache, Recipe, recipe_for, static_outputs, unroll
 from util import files
+from util.device import tf32
 
 
 # ---- the recipe
@@ -569,10 +570,10 @@ def test_an_unlabelled_frame_is_not_decoded_for_the_baseline(run, answered):
     frames = run.frames("test")
     for k in (0, 2, 4, 6):
         frames.list[k] = data.Frame(frames.list[k].image, None)
-    runs.set_tf32(True)                                     # as in a training
     answers = Answers([frames.labels[k] for k in (1, 3, 5, 7)], cell=None)
-    assert answered(answers)["miou"] == 1 and answers.precise == [True] * 4
-    assert torch.backends.cuda.matmul.allow_tf32
+    with tf32(True):                                        # as in a training
+        assert answered(answers)["miou"] == 1 and answers.precise == [True] * 4
+        assert torch.backends.cuda.matmul.allow_tf32
 
 
 # ---- another static network

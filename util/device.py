@@ -22,21 +22,19 @@ def has_bf16(device):
     return known.get("avx512_bf16", False) or known.get("amx_bf16", False)
 
 
-def set_tf32(allowed):
-    """Allows or forbids TF32, in which a GPU rounds the factors of float32 convolutions and matrix products
-    to 10 bits. Allowed in training, not in evaluation."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 @contextlib.contextmanager
-def float32():
-    """A context in which TF32 is off: for an evaluation."""
-    before = torch.backends.cudnn.allow_tf32
-    set_tf32(False)
+def tf32(allowed):
+    """A context that allows or forbids TF32, in which a GPU rounds the factors of float32 convolutions and
+    matrix products to 10 bits. Allowed in training, not in evaluation."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
     try:
         yield
     finally:
-        set_tf32(before)
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
 
 
 def keep_freed_memory():
