@@ -135,6 +135,8 @@ def check_flags(command):
             raise InputError(f"{flag(name)}: does nothing here, as it needs {what}; leave it out")
         if isinstance(value, int) and value < 0:
             raise InputError(f"{flag(name)} {value}: must be 0 or more")
+    if predict and (useless := [*command.given.keys() - {"dataset"}]):
+        raise InputError(f"{flag(useless[0])}: does nothing with --stage predict; leave it out")
     if predict and not (command.input and command.output):
         raise InputError("--input and --output: needed for --stage predict")
     if predict and not os.path.exists(command.input):

@@ -1,7 +1,6 @@
 """--stage predict: label maps, overlays and an animation of a video of yours, by a trained network."""
 import collections
 import itertools
-import json
 import math
 import pathlib
 
@@ -10,7 +9,6 @@ from PIL import Image, ImageSequence
 
 import data
 from dyncell import VideoSegmenter, fold_batchnorm
-from experiment.runs import flag
 from util import charts
 from util.costs import usable_device
 from util.device import best_device, tf32
@@ -107,13 +105,8 @@ def find_network(run, network):
 
 def open_network(path, command):
     """A checkpoint -> the network for inference, and the size (H, W) of the frames that it was trained on, or
-    None if unknown. Raises InputError, also for a flag of the recipe that would do nothing."""
+    None if unknown. Raises InputError."""
     saved = load(path, "--network takes a network trained by this program")
-    for name, value in command.given.items():
-        there = (saved.get("recipe") or {}).get(name, value)
-        if json.dumps(there) != json.dumps(value):                       # tuples are lists there
-            raise InputError(f"{flag(name)} {value}: does nothing with --stage predict; {path} was made "
-                             f"with {there}")
     video = VideoSegmenter.load(path)
     video.enlarge = command.enlarge
     return fold_batchnorm(video.to(usable_device(command.device or best_device()))), saved.get("size")

@@ -174,7 +174,7 @@ def test_what_is_wrong_with_frames_is_said_at_once_before_the_work(smoke, frames
     ("--output new", "--run, --network: .*--network camvid"),
     ("--output new --run SMOKE --network NOSUCH", "NOSUCH.pt: no such file; .* has baseline, .*static"),
     ("--output new --run SMOKE --network cell-0 --cell warp", "--cell: .*--network"),
-    ("--output new --run SMOKE --static-epochs 77", "--static-epochs 77: does nothing"),
+    ("--output new --run SMOKE --static-epochs 77", "--static-epochs: does nothing"),
     ("--output full --run SMOKE", "full: holds files already")])
 def test_a_network_is_named_and_nothing_is_overwritten(smoke, small, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
