@@ -112,20 +112,15 @@ def drawn(monkeypatch):
 
 
 def test_each_candidate_is_a_mark_where_the_log_says(drawn):
-    """A candidate that was stopped is hollow; one that failed is black, at the bottom of the plot."""
-    log = [entry(0, 0.31), entry(1, 0.27, stopped=True), entry(2, 0.0, status="not finite"), entry(3, 0.47)]
+    """A candidate that was stopped is hollow; one that failed is black, at the bottom of the plot. The line is
+    the mean of the last five that did not fail."""
+    log = [entry(0, 0.31), entry(1, 0.27, stopped=True), entry(2, 0.0, status="not finite"), entry(3, 0.47),
+           *(entry(k, 0.4) for k in range(4, 9))]
     figures.rewards(log, [entry(0, 0.4)])
     seen = [drawn[0](*at) for at in ((0, 0.31), (1, 0.27), (2, 0), (2, 0.25), (3, 0.47))]
     assert seen == [charts.SKY, charts.LIGHT, charts.INK, charts.INK, charts.SKY]
     assert drawn[0](0, 0.4) == charts.ORANGE              # the random search's
-
-
-def test_the_mean_is_that_of_the_last_that_did_not_fail(drawn):
-    log = [entry(k, (37 * k % 100) / 300) for k in range(201)]
-    log[197] = entry(197, 0, status="out of memory")
-    figures.rewards(log)
-    last = [e["reward"] for e in log if e["status"] == "ok"][-11:-1]      # of 200; a line's end is blurred
-    assert drawn[0](199, sum(last) / 10) == charts.BLUE
+    assert drawn[0](6, (0.27 + 0.47 + 3 * 0.4) / 5) == charts.BLUE
 
 
 def test_what_is_sampled_by_hand_also_by_a_new_operation(drawn, monkeypatch):

@@ -1,5 +1,4 @@
 """util/files.py: a file is complete or absent, and one that can't be read is named."""
-import json
 import os
 import resource
 
@@ -37,14 +36,12 @@ def test_a_file_is_whole_or_not_there_and_a_broken_one_is_named(tmp_path, name):
         files.load(path)
 
 
-def lines(*candidates):
-    entry = {"status": "ok", "reward": 0.5, "half_reward": None, "tokens": [1]}
-    return "".join(json.dumps({"candidate": k, **entry}) + "\n" for k in candidates)
+LINE = '{"candidate": 0, "status": "ok", "reward": 0.5, "half_reward": null, "tokens": [1]}\n'
 
 
 @pytest.mark.parametrize("text", [
-    "nonsense\n", lines(0, 1, 1), "[1]\n", '{"candidate": 0}\n', lines([0])])
+    "nonsense\n", "[1]\n", '{"candidate": 0}\n', LINE.replace("0,", "[0],"), LINE + LINE])
 def test_a_log_with_a_line_that_is_no_candidates_is_refused(tmp_path, text):
-    (tmp_path / "log.jsonl").write_text(text + lines(5))
+    (tmp_path / "log.jsonl").write_text(text + LINE.replace("0,", "5,"))
     with pytest.raises(InputError, match="log.jsonl: line [0-9]+ is not a candidate's"):
         files.read_log(tmp_path / "log.jsonl")

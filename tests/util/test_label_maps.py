@@ -1,10 +1,10 @@
 """util/label_maps.py: the forms of tables that are taken, and label maps that say something else."""
+import base64
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import right_checksums
 
 from data import CamVid, Frames
 from util import label_maps
@@ -85,17 +85,6 @@ def test_quantised_colours_and_other_palettes_are_refused(folder):
     save(folder / "trainannot/a_2.png", LABEL, COLOURS)
     save(folder / "trainannot/a_0.png", LABEL, COLOURS[[0, 1, 2, 0]])     # class 0's colour
     refused(folder, "a_0.png: value 3, class 1", Merged)
-    Merged.palette = [COLOURS[0], COLOURS[0] + 40]
-    save(folder / "trainannot/a_0.png", LABEL, [COLOURS[0] + 40, *COLOURS[1:]])
-    refused(folder, "value 0, class 0", Merged)
-
-
-def test_a_value_that_ids_lacks_is_refused(folder):
-    """One pixel is enough: it is not ignored."""
-    label = LABEL.copy()
-    label[2, 3] = 77
-    save(folder / "trainannot/a_1.png", label)
-    refused(folder, "a_1.png: label value 77")
 
 
 @pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("1", "PNG"), ("RGB", "PNG")])
@@ -105,12 +94,9 @@ def test_a_label_map_of_another_kind_is_named_for_what_it_is(folder, mode, kind)
 
 
 def test_few_bits_of_grey_are_named(folder):
-    """Pillow reads their values spread over 0..255, so class 1 of 4 bits would be 17."""
-    save(path := folder / "trainannot/a_1.png", LABEL, np.resize(COLOURS, (16, 3)), bits=4)
-    content = bytearray(path.read_bytes())
-    content[25] = 0                          # grey, not indexed
-    del content[content.index(b"PLTE") - 4:content.index(b"IDAT") - 4]
-    path.write_bytes(right_checksums(content))
+    """Pillow reads their values spread over 0..255: here 17 for class 1, in all of 8 x 6 pixels."""
+    (folder / "trainannot/a_1.png").write_bytes(base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAGBAAAAAAenm0mAAAADklEQVR42mMQBAIGXAQAGAYBmavl+QwAAAAASUVORK5CYII="))
     refused(folder, "a_1.png: .* 4 bits")
 
 
