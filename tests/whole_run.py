@@ -1,7 +1,7 @@
 """A whole run that is small: a few seconds, all stages. One is made for all tests that only look at it.
 
-    from whole_run import small, smoke   fixtures. small: few, tiny videos; smoke: the finished run's folder,
-                                         to be read or copied, never written to
+    from whole_run import small, run, smoke   fixtures. small: few, tiny videos; run: a new one of them; smoke:
+                                         the finished run's folder, to be read or copied, never written to
     start(folder)                        train.main in a process of its own, which may be killed
 """
 import multiprocessing
@@ -58,6 +58,12 @@ def make_small(set_attribute):
 @pytest.fixture
 def small(monkeypatch):
     make_small(monkeypatch.setattr)
+
+
+@pytest.fixture
+def run(tmp_path, small):
+    """A run that has not begun."""
+    return runs.Run(tmp_path, train.recipe_for("synthetic", "smoke"), device="cpu")
 
 
 def calibrated():

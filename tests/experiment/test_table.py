@@ -9,22 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from whole_run import arguments_of, content_of, copy_of, small, smoke
+from whole_run import arguments_of, content_of, copy_of, run, small, smoke
 
 import data
 import train
 from data import InputError
 from dyncell import CELLS, Arch2, DynamicCell, Genotype, VideoSegmenter
-from train import recipe_for
 from experiment import networks, table
 from experiment.networks import Network
-from experiment.runs import Run
 from util import files
-
-
-@pytest.fixture
-def run(tmp_path, small):
-    return Run(tmp_path, recipe_for("synthetic", "smoke"), device="cpu")
 
 
 # ---- which networks

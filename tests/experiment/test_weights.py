@@ -28,14 +28,12 @@ def test_an_encoder_is_taken_in_every_wrapping(tmp_path, wrap):
         assert value.dtype == good[key].dtype and torch.allclose(value, good[key], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("content, said", [
-    (torch.nn.Linear(2, 2), "pickled"), ([1], "another network"),
-    ({"conv1.weight": torch.zeros(1)}, "another network"),
-    ({"encoder.features.0.0.weight": torch.zeros(1)}, "another network")])
-def test_what_a_file_is_that_cannot_be_taken_is_said_in_one_line(tmp_path, content, said):
+@pytest.mark.parametrize("content", [
+    [1], {"conv1.weight": torch.zeros(1)}, {"encoder.features.0.0.weight": torch.zeros(1)}])
+def test_a_file_of_another_network_is_refused_in_one_line(tmp_path, content):
     torch.save(content, path := tmp_path / "file.pth")
     for field in weights.FILES:
-        with pytest.raises(InputError, match=said) as error:
+        with pytest.raises(InputError, match="another network") as error:
             begin(Arch2(6), **{field: str(path)})
         line = str(error.value)
         assert line.startswith(f"{path}: ") and f"{flag(field)} takes" in line and "\n" not in line

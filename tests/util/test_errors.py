@@ -8,18 +8,8 @@ import types
 import pytest
 import torch
 
-from util.errors import InputError, each, out_of_memory, run_main
+from util.errors import InputError, out_of_memory, run_main
 from util.progress import Progress
-
-
-def test_the_problems_of_all_splits_are_listed_once():
-    def look(split):
-        raise InputError("Mine.IDS: wrong", *(f"{split}/{k}.png: broken" for k in range(6)))
-
-    with pytest.raises(InputError) as error:
-        each(look, ("train", "val"))
-    lines = str(error.value).splitlines()
-    assert lines[0] == "13 problems, the first ten:" and len(lines) == 11
 
 
 def ended(function, **options):

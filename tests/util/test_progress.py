@@ -2,8 +2,6 @@
 import io
 import sys
 
-import pytest
-
 from util import progress
 from util.progress import Progress
 
@@ -32,12 +30,7 @@ def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
         "search 10/10  loss 0.25"]
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(Progress, "stage", "[2/4] ")
-    monkeypatch.setattr(Progress, "after", 3600.0)
+    monkeypatch.setattr(Progress, "after", 36000.0)
     text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2)
-    assert text == "\r\033[K[2/4] search 7/1,000  loss 0.25  17 min left, 77 min of all"         # 60 columns
+    assert text == "\r\033[K[2/4] search 7/1,000  loss 0.25  17 min left, 10.3 h of all"         # 60 columns
     assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
-
-
-@pytest.mark.parametrize("seconds, text", [(99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")])
-def test_duration(seconds, text):
-    assert progress.duration(seconds) == text
