@@ -8,7 +8,7 @@ them once more, as plain loops.
 The text of the paper leaves some details open. Decisions of this project are marked "[ours]", those taken
 from the static networks' search of its authors "[18]".
 
-    python ops.py       prints both tables: parameters, multiply-adds, time, memory
+    python ops.py       prints both tables: parameters, multiply-adds, time
 """
 import math
 
