@@ -453,11 +453,11 @@ class VideoSegmenter(nn.Module):
             video = cls(static, None, (saved.get("recipe") or {}).get("input_pad", 0)).eval()
             if "cell" in saved:
                 video.cell = make_cell(saved.get("genotype"), static, saved.get("past", True)).eval()
+            for name, module in video.named_children():   # static, and cell if it has one
+                module.load_state_dict(saved[name])       # float32, also from tensors in half precision
             video.classes, video.palette = list(saved["classes"]), np.array(saved["palette"], np.uint8)
-        except (KeyError, ValueError) as error:           # no entry of STATICS, or not a genotype
+        except (KeyError, ValueError, RuntimeError) as error:     # of STATICS, a genotype, the states
             raise InputError(f"{path}: holds an unknown network ({brief(error)})") from None
-        for name, module in video.named_children():       # static, and cell if it has one
-            files.fill(module, saved[name], path)         # float32, also from tensors in half precision
         return video
 
     def decode(self, features, state):

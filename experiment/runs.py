@@ -27,7 +27,7 @@ from dyncell import DECODER, VideoSegmenter, make_cell
 from util.costs import usable_device
 from util.device import best_device, has_bf16, keep_freed_memory
 from util.errors import InputError, brief, out_of_memory
-from util.files import fill, load, read_log, save
+from util.files import load, read_log, save
 from util.progress import Progress
 
 SAVE_SECONDS = 60                            # least time between checkpoints, which are made after epochs
@@ -298,7 +298,7 @@ class Run:
             saved = self.checkpoint(name)
             history = saved["history"]
             for part, module in parts.items():
-                fill(module, saved[part], path)
+                module.load_state_dict(saved[part])
             for optimizer, state in zip(optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
             print(f"{name}: continues after epoch {len(history)}")

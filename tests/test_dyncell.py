@@ -453,7 +453,7 @@ def test_load(network, genotype, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, word", [
     ({"optimizers": []}, "no finished network"), ({"static": None}, "no finished network"),
     ({"network": "arch3"}, "unknown"), ({"genotype": "[]"}, "unknown"),
-    ({"classes": list("abcd")}, "another network")])
+    ({"classes": list("abcd")}, "unknown network")])
 def test_load_refuses(change, word, tmp_path):
     """static None: the checkpoint of a cell alone."""
     checkpoint(VideoSegmenter(Arch2(5), DynamicCell(CELLS["propagate"], 5)), tmp_path / "x.pt", **change)

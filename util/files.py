@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from util.errors import InputError, brief
+from util.errors import InputError
 
 
 def save(path, content):
@@ -45,15 +45,6 @@ def load(path, wanted="restore it, or use another"):
         elif "GLOBAL" in str(error) or "TorchScript" in str(error):
             reason = "holds a pickled object, which could run code and is not loaded; save its state_dict()"
         raise InputError(f"{path}: {reason}; {wanted}") from None
-
-
-def fill(module, state, path):
-    """load_state_dict (strict). Raises InputError naming the file when it holds another network's state."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: is the checkpoint of another network ({brief(error)[:120]}); use another "
-                         "--run") from None
 
 
 def read_log(path, cut=False):
