@@ -25,11 +25,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
     for item in items:
+        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if "camvid" in item.keywords and "CAMVID" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs the real CamVid: CAMVID=DIR python -m pytest"))
 

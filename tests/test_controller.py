@@ -218,9 +218,8 @@ def test_a_saved_search_goes_on_exactly(replay):
         ppo.update(tokens, old, tokens.double().mean(1) / 10)
 
     ppo, again = (PPO(Controller(2), replay=replay, seed=seed) for seed in (3, 0))
-    file = io.BytesIO()
     update(ppo, 1)
-    torch.save(ppo.state_dict(), file)
+    torch.save(ppo.state_dict(), file := io.BytesIO())
     file.seek(0)
     again.load_state_dict(torch.load(file, weights_only=True))
     for seed in (2, 3):
