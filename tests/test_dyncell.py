@@ -224,12 +224,14 @@ def test_reconstructed_cell_is_what_the_paper_says(name, layers, classes, millio
 
 @torch.no_grad()
 def test_random_cells_run():
-    """Inputs that a cell does not sample have no say."""
+    """Inputs that a cell does not sample have no say and no modules; the others become as wide as dec."""
     for genotype in random_genotypes(36, seed=2):
         used = {loc for layer in genotype for loc in layer[:2]}
         inputs = [x if k in used else torch.full_like(x, math.nan)
                   for k, x in enumerate(cell_inputs(dtype=torch.float32))]
-        dec, pred = DynamicCell(genotype, 11).eval()(*inputs)
+        cell = DynamicCell(genotype, 11).eval()
+        dec, pred = cell(*inputs)
+        assert set(cell.adapt) == {name for k, name in enumerate(CHANNELS) if k in used and name != "dec_prev"}
         assert dec.shape == (2, 64, 5, 6) and pred.shape == (2, 11, 5, 6) and torch.isfinite(pred).all()
 
 
@@ -320,10 +322,6 @@ def test_gradient_through_time(video):
 
 # ---- A stream of pixels --------------------------------------------------------------------------
 
-# An image as a tensor, and as an array with negative strides.
-KINDS = lambda image: image, lambda image: image.numpy()[:, :, ::-1].copy()[:, :, ::-1]
-
-
 @pytest.mark.parametrize("height, width, enlarge", [(60, 90, 0), (63, 67, 0), (80, 75, 64), (50, 18, 96)])
 def test_segment_by_hand(video, height, width, enlarge, monkeypatch):
     """A longer side below `enlarge` is enlarged to it. Sides below 70 are padded to it with ImageNet's mean,
@@ -335,7 +333,7 @@ def test_segment_by_hand(video, height, width, enlarge, monkeypatch):
     (top, bottom), (left, right) = ((max(0, 70 - n) // 2, (max(0, 70 - n) + 1) // 2) for n in (h, w))
     mean, deviation = torch.tensor(data.MEAN), torch.tensor(data.STD)
     state, own = None, None
-    for kind, image in zip(KINDS, torch.randint(256, (2, height, width, 3), dtype=torch.uint8)):
+    for k, image in enumerate(torch.randint(256, (2, height, width, 3), dtype=torch.uint8)):
         x = ((image / 255 - mean) / deviation).permute(2, 0, 1)[None]     # (1, 3, H, W)
         x = F.interpolate(x, (h, w), mode="bicubic")
         x = F.pad(x, (left, right, top, bottom)).double()
@@ -344,7 +342,8 @@ def test_segment_by_hand(video, height, width, enlarge, monkeypatch):
         expected = up(logits, x)[:, :, top:top + h, left:left + w]
         expected = F.interpolate(expected, (height, width), mode="bilinear")[0]
         chances, _ = segmenter.probabilities(image, own)
-        labels, own = segmenter.segment(kind(image), own)
+        # Once a tensor, once an array with negative strides.
+        labels, own = segmenter.segment(image.numpy()[:, ::-1].copy()[:, ::-1] if k else image, own)
         assert chances.dtype == torch.float32 and labels.dtype == torch.uint8
         close(chances, expected.softmax(0).float(), 1e-3)
         assert torch.equal(labels, expected.argmax(0).to(torch.uint8)) and len(labels.unique()) > 1

@@ -174,35 +174,28 @@ def test_a_search_learns_from_resized_and_padded_frames_and_scores_on_those_as_t
             assert stored.maps[name].dtype == torch.half and close(stored.maps[name].float(), x.float())
 
 
-def marked(numbers, height, width):
-    """Maps whose pixels tell their frame, row and column, in image pixels; labels: of all three."""
-    maps = {}
-    for name, stride in FeatureCache.STRIDE.items():
-        rows, cols = torch.arange(0, height, stride)[:, None], torch.arange(0, width, stride)
-        parts = torch.broadcast_tensors(numbers[:, None, None], rows, cols)
-        maps[name] = torch.stack(parts, dim=1).half()                     # (n, 3, h, w)
-    return {**maps, "labels": (maps["labels"].sum(1) % 256).to(torch.uint8)}
+def marked(numbers, top, left, height, width, step):
+    """Every step-th pixel of pieces of frames: (n, 3, h, w), the frame's number, row and column."""
+    rows = top[:, None, None] + torch.arange(0, height, step)[:, None]    # (n, h, 1)
+    columns = left[:, None, None] + torch.arange(0, width, step)          # (n, 1, w)
+    return torch.stack(torch.broadcast_tensors(numbers[:, None, None], rows, columns), dim=1)
 
 
 @pytest.mark.parametrize("height, width, crop", [(160, 96, 64), (112, 136, 64), (40, 48, 60), (40, 48, None)])
 def test_a_sequence_of_large_frames_is_cropped_at_a_random_place_its_own(height, width, crop):
     """All of its maps and frames at the same place; every multiple of 32 pixels is one. CamVid's 480 x 400 is
-    smaller than the crop of 600: nothing is cropped, nothing drawn."""
+    smaller than the crop of 600: nothing is cropped."""
     windows, rng, places = torch.tensor([[2, 3], [3, 4], [9, 10], [12, 13]]), torch.Generator(), []
-    stored = windows.unique()
-    cache = FeatureCache(stored, marked(stored, height, width), crop)
-    sizes = [min(side, crop or side) for side in (height, width)]
+    stored, strides = windows.unique(), FeatureCache.STRIDE
+    maps = {name: marked(stored, 0 * stored, 0 * stored, height, width, strides[name]) for name in strides}
+    cache, sizes = FeatureCache(stored, maps, crop), [min(side, crop or side) for side in (height, width)]
     for _ in range(40):
         frames = list(cache.pick(windows, rng))
-        top, left = (frames[0]["layer2"][:, channel, 0, 0].int().tolist() for channel in (1, 2))
-        places += zip(top, left)
+        corners = frames[0]["labels"][:, 1:, 0, 0].long()                 # (B, 2)
+        places += map(tuple, corners.tolist())
         for frame, numbers in zip(frames, windows.T, strict=True):
-            for name, whole in marked(numbers, height, width).items():
-                step = FeatureCache.STRIDE[name]
-                h, w = (math.ceil(side / step) for side in sizes)
-                for found, one, row, col in zip(frame[name], whole, top, left, strict=True):
-                    expected = one[..., row // step:row // step + h, col // step:col // step + w]
-                    assert torch.equal(found.to(one.dtype), expected)
+            for name, x in frame.items():
+                assert torch.equal(x.long(), marked(numbers, *corners.T, *sizes, strides[name]))
     for side, size, found in zip((height, width), sizes, zip(*places)):
         assert set(found) == set(range(0, side - size + 1, 32))
     assert (len(set(places[:4])) > 1) == (height > 40)    # within a batch, too
@@ -424,10 +417,6 @@ def first_step(monkeypatch, training, *arguments):
     return caught.value.args
 
 
-def same_parameters(group, parameters):
-    return {id(p) for p in group["params"]} == {id(p) for p in parameters}
-
-
 @pytest.mark.parametrize("name, kinds, cell", [
     ("sgd", ["SGD"], True), ("sgd-adam", ["SGD", "Adam"], False), ("adamw", ["AdamW"], True)])
 def test_pretraining_has_two_rates_and_auxiliary_losses(run, monkeypatch, name, kinds, cell):
@@ -441,7 +430,7 @@ def test_pretraining_has_two_rates_and_auxiliary_losses(run, monkeypatch, name, 
     groups, (model,) = [group for optimizer in optimizers for group in optimizer.param_groups], models
     assert [group["lr"] for group in groups] == [0.3, 0.2] and groups[0].get("momentum", 0.9) == 0.9
     assert {group["weight_decay"] for group in groups} == {0.1}
-    assert same_parameters(groups[0], model.encoder.parameters())
+    assert [*map(id, groups[0]["params"])] == [*map(id, model.encoder.parameters())]
     assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
     assert model.state_dict().keys() == Arch2(6, "cell" if cell else "classifier").state_dict().keys()
 
@@ -470,24 +459,31 @@ def test_the_running_mean_of_the_weights_is_kept_at_each_rate(run, monkeypatch, 
     assert rates == pytest.approx(expected if name == "cosine" else [(1 - share) ** 0.9 for share in shares])
 
 
+def check_optimizer(optimizer, kind, rate, module):
+    """It has the parameters of this module."""
+    group, = optimizer.param_groups
+    assert isinstance(optimizer, kind) and (group["lr"], group["weight_decay"]) == (rate, 1e-5)
+    assert group.get("momentum", 0.9) == 0.9
+    torch.testing.assert_close(group["params"], [*module.parameters()], rtol=0, atol=0)
+
+
 def test_the_cell_alone_is_trained_by_adam_on_every_frame_but_the_first(run, untrained, monkeypatch):
+    """Its classifier starts as the static network's."""
     run.save("static", {"static": untrained[0]}, history=[])
-    chosen = [Network("y", "", GENOTYPE)]
-    loss, (adam,), norm = first_step(monkeypatch, train.finetune_cells, run, chosen)
-    (group,), cell = adam.param_groups, make_cell(GENOTYPE, untrained[0])
-    assert loss == 2 and norm == 0 and isinstance(adam, torch.optim.Adam)
-    assert (group["lr"], group["weight_decay"]) == (run.recipe.cell_lr, 1e-5)
-    assert [p.shape for p in group["params"]] == [p.shape for p in cell.parameters()]
+    network = Network("y", "", GENOTYPE)
+    loss, (adam,), norm = first_step(monkeypatch, train.finetune_cells, run, [network])
+    assert loss == 2 and norm == 0
+    torch.manual_seed(runs.generator(run.recipe.seed, "y").initial_seed())
+    check_optimizer(adam, torch.optim.Adam, run.recipe.cell_lr, make_cell(GENOTYPE, untrained[0]))
 
 
 @pytest.mark.parametrize("with_cell, blank", [(True, 0), (True, 1), (False, 0), (False, 1)])
 def test_end_to_end_is_by_two_optimisers_on_every_frame(run, untrained, monkeypatch, with_cell, blank):
     """The baseline has no cell. The cell starts as it was trained alone. Where the key frame has no label
     (blank), as in CityScapes, the static network's prediction of the last frame counts."""
-    run.save("static", {"static": untrained[0]}, history=[])
-    cell = make_cell(GENOTYPE, untrained[0])
+    static, cell, augment = untrained[0], make_cell(GENOTYPE, untrained[0]), data.augment
+    run.save("static", {"static": static}, history=[])
     run.save("x-alone", {"cell": cell}, history=[])
-    videos, make, augment = [], train.VideoSegmenter, data.augment
 
     def augment_and_blank(*arguments):
         images, labels = augment(*arguments)
@@ -495,18 +491,12 @@ def test_end_to_end_is_by_two_optimisers_on_every_frame(run, untrained, monkeypa
         return images, labels
 
     monkeypatch.setattr(data, "augment", augment_and_blank)
-    monkeypatch.setattr(train, "VideoSegmenter", lambda *parts: videos.append(make(*parts)) or videos[-1])
     network = Network("x", "", GENOTYPE if with_cell else None)
     loss, (sgd, *adams), norm = first_step(monkeypatch, train.finetune_end_to_end, run, network)
-    (video,), (group,) = videos, sgd.param_groups
-    assert loss == (3 if with_cell else 3 - blank) and norm == 0 and isinstance(sgd, torch.optim.SGD)
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (run.recipe.end_lr_static, 0.9, 1e-5)
-    assert same_parameters(group, video.static.parameters()) and len(adams) == with_cell
+    assert loss == (3 if with_cell else 3 - blank) and norm == 0 and len(adams) == with_cell
+    check_optimizer(sgd, torch.optim.SGD, run.recipe.end_lr_static, static)
     for adam in adams:
-        group, = adam.param_groups
-        assert isinstance(adam, torch.optim.Adam) and same_parameters(group, video.cell.parameters())
-        assert (group["lr"], group["weight_decay"]) == (run.recipe.end_lr_cell, 1e-5)
-        assert all(map(torch.equal, video.cell.parameters(), cell.parameters()))
+        check_optimizer(adam, torch.optim.Adam, run.recipe.end_lr_cell, cell)
 
 
 def test_end_to_end_the_static_network_learns_but_its_batch_norms_keep_their_statistics(smoke):
