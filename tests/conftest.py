@@ -1,11 +1,10 @@
-"""What holds for every test: the path, one thread, slow tests on demand, no signal handlers left behind.
+"""What holds for every test: the path, one thread, slow tests on demand.
 
     python -m pytest            the tests; `-m slow` those that take long, `-m "slow or not slow"` all of them
     CAMVID=DIR python -m pytest also those on the real CamVid
 """
 import os
 import pathlib
-import signal
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"          # before torch is imported; the scripts of tests inherit it
@@ -30,17 +29,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if "camvid" in item.keywords and "CAMVID" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs the real CamVid: CAMVID=DIR python -m pytest"))
-
-
-@pytest.fixture(autouse=True)
-def no_signal_handlers_left():
-    """A handler that a test leaves behind would swallow the Ctrl-C of all tests after it."""
-    def handlers():
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    before = handlers()
-    yield
-    assert handlers() == before, "the test leaves handlers of SIGINT or SIGTERM behind"
 
 
 @pytest.fixture

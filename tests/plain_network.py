@@ -5,14 +5,9 @@ import dyncell
 from ops import conv_bn_relu, resize
 
 
-class PlainClassifier(nn.Sequential):
-    needs_layer1 = False
-
+class PlainClassifier(dyncell.Classifier):
     def __init__(self, num_classes):
-        super().__init__(nn.Conv2d(Plain.width, num_classes, 1))
-
-    def forward(self, dec, layer1=None):
-        return super().forward(dec)
+        nn.Conv2d.__init__(self, Plain.width, num_classes, 1)
 
 
 class Plain(dyncell.StaticNetwork):
