@@ -347,7 +347,7 @@ def test_all_problems_of_all_splits_and_kinds_are_listed(camvid, tmp_path):
     for path in [*(camvid / "val").iterdir()]:
         break_file(path)
     for name in (LABEL, LABEL.replace("00.png", "30.png")):
-        write(camvid / name.replace("train", "test"), np.full((6, 8), 77, np.uint8))
+        write(camvid / name.replace("train", "test"), np.eye(6, 8).astype(np.uint8) * 77)
     expected = ["000.png: has no label", "000030.jpg: cannot be read", "000060.png: 8 x 6, but its image"]
     expected += 6 * ["cannot be read"] + 2 * ["label value 77"]
     with pytest.raises(InputError) as error:

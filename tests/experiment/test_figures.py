@@ -59,8 +59,22 @@ BY_STAGE = {"pretrain": ["curve-pretrain"], "search": ["fig3-rewards", "fig4-sam
             "evaluate": ["fig5-examples", "tables3-4-miou"]}
 
 
-def test_every_figure_is_drawn_and_not_blank(tmp_path, capsys):
-    """Of each genotype one diagram, and none of the decoder."""
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list of the plots that are drawn, each as a function (x, y) -> the colour there."""
+    plots, axes = [], figures.axes
+
+    def note(canvas, *arguments):
+        at = axes(canvas, *arguments)
+        plots.append(lambda x, y: canvas.finished().getpixel(tuple(map(int, at(x, y)))))
+        return at
+    monkeypatch.setattr(figures, "axes", note)
+    return plots
+
+
+def test_every_figure_is_drawn_and_not_blank(tmp_path, capsys, drawn):
+    """Of each genotype one diagram, and none of the decoder. Losses are per frame: a history has those of a
+    sequence, of two frames where the cell is trained alone, else of three."""
     log = [entry(k, 0.3 + 0.01 * k, k % 3 == 1, cell=genotype(k, 3)) for k in range(12)]
     write_log(tmp_path / "search.jsonl", log[::-1])               # several processes write in any order
     write_log(tmp_path / "random.jsonl", [entry(k, 0.3) for k in range(12)])
@@ -75,6 +89,8 @@ def test_every_figure_is_drawn_and_not_blank(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(path) for path in paths]
     assert sorted((tmp_path / "figures").iterdir()) == sorted(paths)      # nothing half-written is left
     assert all(len(Image.open(path).getcolors(1 << 24)) > 20 for path in paths)
+    alone, whole = drawn[6:8]                                             # before: two, one and three
+    assert (alone(2, 2 / 2 / 2), whole(2, 2 / 2 / 3)) == (charts.COLOURS[1], charts.COLOURS[4])
     for stage, names in BY_STAGE.items():                                 # a stage draws its own
         assert [path.stem for path in figures.draw(str(tmp_path), stage)] == names
 
@@ -96,19 +112,6 @@ def test_what_is_missing_is_left_out(tmp_path):
     (tmp_path / "search.jsonl").write_text("nonsense\n")
     with pytest.raises(InputError, match="search.jsonl"):
         figures.draw(tmp_path, "search")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """A list of the plots that are drawn, each as a function (x, y) -> the colour there."""
-    plots, axes = [], figures.axes
-
-    def note(canvas, *arguments):
-        at = axes(canvas, *arguments)
-        plots.append(lambda x, y: canvas.finished().getpixel(tuple(map(int, at(x, y)))))
-        return at
-    monkeypatch.setattr(figures, "axes", note)
-    return plots
 
 
 def test_each_candidate_is_a_mark_where_the_log_says(drawn):
@@ -133,16 +136,6 @@ def test_what_is_sampled_by_hand_also_by_a_new_operation(drawn, monkeypatch):
     assert operations(12, 50) == style["gap"][0] and operations(27, 100) == style["my_op"][0]
     assert inputs(12, 200 / 3) == charts.COLOURS[1]                       # dec_prev, as in Fig. 7
     assert aggregations(12, 50) in charts.COLOURS[:2] and aggregations(27, 100) == charts.COLOURS[1]
-
-
-def test_losses_are_per_frame(tmp_path, drawn):
-    """A history has those of a sequence: of two frames where the cell is trained alone, else of three."""
-    training(tmp_path / "baseline.pt", 1)                                 # loss 2
-    training(tmp_path / "cell-0-alone.pt", 4, genotype=FIRST.to_json())   # losses 2 / epoch
-    list(figures.draw_finetune(tmp_path))
-    alone, whole = drawn
-    assert [alone(epoch, 1 / epoch) for epoch in (2, 3)] == [charts.COLOURS[1]] * 2
-    assert whole(1, 2 / 3) == charts.COLOURS[0]
 
 
 @pytest.mark.parametrize("layers", [1, 5])

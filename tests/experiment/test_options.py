@@ -104,6 +104,7 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--meta-val-share 1", "below 1"), ("--static-scale 2 0.5", "--static-scale"),
     ("--class-weights 1", "above 1"), ("--cells 0 --cell", "--cells 0"), ("--cell warp9", "warp9"),
     ("--static nowhere.pt", "nowhere.pt: no such"), ("--device warp9", "warp9"),
+    ("--sequence-length 9", "--sequence-length 9"),
     ("--dataset camvid --data nowhere", "nowhere: no such folder"),
     ("--stage search", "static.pt"), ("--stage evaluate", "baseline.pt"),
     ("--stage predict", "--input and --output"),
