@@ -89,11 +89,10 @@ def test_two_commands_that_download_at_once_both_succeed(server, tmp_path):
 
 
 def test_what_is_not_downloaded(tmp_path):
-    """A folder that exists, one that was given, another dataset with CamVid's layout."""
+    """A folder that exists, another dataset with CamVid's layout."""
     data.fetch(data.CamVid, tmp_path, given=False)
-    for dataset, given in ((data.CamVid, True), (type("Mine", (data.CamVid,), {}), False)):
-        with pytest.raises(InputError, match="nowhere: no such folder; .*--data"):
-            data.fetch(dataset, tmp_path / "nowhere", given)
+    with pytest.raises(InputError, match="nowhere: no such folder; .*--data"):
+        data.fetch(type("Mine", (data.CamVid,), {}), tmp_path / "nowhere", given=False)
 
 
 @pytest.mark.camvid

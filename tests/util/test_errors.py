@@ -20,9 +20,11 @@ def ended(function, **options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_script_says_one_line(capsys, number):
+def test_a_stopped_script_says_one_line_and_leaves_no_handler(capsys, number):
+    before = signal.getsignal(number)
     assert ended(lambda: os.kill(os.getpid(), number), continues=True) == 128 + number
     assert capsys.readouterr().err == "\nstopped; the same command continues\n"
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("written", [None, []], ids=["none", "write() alone"])
