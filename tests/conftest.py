@@ -1,4 +1,4 @@
-"""What holds for every test: the path, one thread, slow tests on demand.
+"""What holds for every test: the path, one thread, a seed, slow tests on demand.
 
     python -m pytest            the tests; `-m slow` those that take long, `-m "slow or not slow"` all of them
     CAMVID=DIR python -m pytest also those on the real CamVid
@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if "camvid" in item.keywords and "CAMVID" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs the real CamVid: CAMVID=DIR python -m pytest"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture

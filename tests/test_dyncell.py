@@ -30,11 +30,6 @@ STEPS = dict(layer4_prev=32, dec_prev=8, layer2=8, layer3=16, layer4=32)
 EVERYTHING = Genotype([(k % 5, 5 + k - 1 if k else 4, OPS[2 * k], OPS[2 * k + 1], AGGS[k]) for k in range(6)])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

@@ -22,11 +22,6 @@ EVERY = [pytest.param(table[name], inputs, name, id=name)
 DOUBLE = dict(dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual.detach(), torch.as_tensor(expected), rtol=tolerance, atol=tolerance)
 

@@ -320,8 +320,8 @@ def explored(run, monkeypatch):
         run.folder.joinpath(folder).mkdir(exist_ok=True)
         recipe = dataclasses.replace(run.recipe, search_candidates=count)
         again = runs.Run(run.folder / folder, recipe, device="cpu")
-        train.explore(again, strategy, runs.Log(again, "log.jsonl"), None, (None, None), None)
-        log = files.read_log(again.path("log.jsonl"))
+        log = runs.Log(again, "log.jsonl")
+        train.explore(again, strategy, log, None, None, None)
         for entry in log.values():
             entry.pop("seconds")
         path = again.path("controller.pt")
@@ -393,17 +393,14 @@ def test_a_search_is_replayed_from_its_log_and_trains_only_what_it_lacks(
 
 # ---- Sect. 6, 4.2: which losses and which optimisers
 
-class FirstStep(Exception):
-    """Carries what a training's first step is given out of it."""
-
-
 def first_step(monkeypatch, training, *arguments):
     """(loss, optimisers, norm) of a training's first step. Each cross-entropy of labelled pixels is 1."""
-    class_weights = torch.ones(1)
+    class_weights, seen = torch.ones(1), []
 
     def update(loss, optimizers, rate, world, norm=0.0):
+        seen.extend((float(loss), optimizers, norm))
         assert rate == 1
-        raise FirstStep(float(loss), optimizers, norm)
+        raise KeyboardInterrupt
 
     def cross_entropy(logits, labels, stride, weight):
         assert weight is class_weights and stride == 2 and logits.shape[-1] == labels.shape[-1] / 8
@@ -412,9 +409,9 @@ def first_step(monkeypatch, training, *arguments):
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "cross_entropy", cross_entropy)
     monkeypatch.setattr(train, "class_weights", lambda run: class_weights)
-    with pytest.raises(FirstStep) as caught:
+    with pytest.raises(KeyboardInterrupt):
         training(*arguments)
-    return caught.value.args
+    return seen
 
 
 @pytest.mark.parametrize("name, kinds, cell", [
@@ -448,15 +445,16 @@ def test_the_running_mean_of_the_weights_is_kept_at_each_rate(run, monkeypatch, 
 
     monkeypatch.setattr(train, "update", noted)
     train.pretrain(run)
-    steps, mean = len(rates), weights[0]
+    mean, steps = weights[0], np.arange(len(rates))
     for later in weights[1:]:
         mean = decay * mean + (1 - decay) * later
     saved = files.load(run.path("static.pt"))["static"]["encoder.features.0.0.weight"]
     assert (weights[-1] - weights[0]).abs().max() > 1e-3
     torch.testing.assert_close(saved, mean, rtol=0, atol=1e-6)
-    shares = [k / steps for k in range(steps)]
-    expected = [(k + 1) / 50 * (1 + math.cos(math.pi * share)) / 2 for k, share in enumerate(shares)]
-    assert rates == pytest.approx(expected if name == "cosine" else [(1 - share) ** 0.9 for share in shares])
+    left = 1 - steps / len(steps)
+    warm = (steps + 1) / 50                               # of the first 50 steps
+    expected = left ** 0.9 if name == "poly" else warm * (1 - np.cos(np.pi * left)) / 2
+    assert rates == pytest.approx(expected.tolist())
 
 
 def check_optimizer(optimizer, kind, rate, module):
