@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_a_training_and_is_not_saved(run, value)
     with pytest.raises(InputError, match=f"x.*: the loss is {value}"):
         for epoch in run.epochs("x", 3, {"line": model}, []):
             for batch, _ in epoch.batches(4, 2):
-                epoch.log(model.weight.sum() * (value if epoch.index == 1 else 1))
+                epoch.log(model.weight.sum().square() * (value if epoch.index == 1 else 1))
     assert len(files.load(run.path("x.pt"))["history"]) == 1
 
 
