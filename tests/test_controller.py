@@ -289,7 +289,7 @@ def test_ppo_beats_random_search_on_a_planted_genotype(monkeypatch, capsys):
     assert found.max() > uniform.max() + 0.07                             # the best of 300 samples each
     assert entropy[-1] < 40 < 50 < entropy[0]
     best, reward = controller.planted_reward(Controller(5))
-    assert reward(best.expand(2000, -1), generator()).std().item() == pytest.approx(0.03, rel=0.1)      # noise
+    assert reward(best.expand(2000, -1), generator()).std().item() == pytest.approx(0.03, rel=0.1)     # noise
     monkeypatch.setattr(controller, "search", lambda *arguments: searched)
     controller.main(["--seeds", "2"])
     figures = [f"{x:9.3f}" for x in (found[-50:].mean(), uniform[-50:].mean(), found.max(), uniform.max())]

@@ -115,8 +115,8 @@ def test_what_is_missing_is_left_out(tmp_path):
 
 
 def test_each_candidate_is_a_mark_where_the_log_says(drawn):
-    """A candidate that was stopped is hollow; one that failed is black, at the bottom of the plot. The line is
-    the mean of the last five that did not fail."""
+    """A candidate that was stopped is hollow; one that failed is black, at the bottom of the plot. The line
+    is the mean of the last five that did not fail."""
     log = [entry(0, 0.31), entry(1, 0.27, stopped=True), entry(2, 0.0, status="not finite"), entry(3, 0.47),
            *(entry(k, 0.4) for k in range(4, 9))]
     figures.rewards(log, [entry(0, 0.4)])
