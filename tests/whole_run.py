@@ -1,7 +1,7 @@
 """A whole run that is small: a few seconds, all stages. One is made for all tests that only look at it.
 
     from whole_run import small, run, smoke   fixtures. small: few, tiny videos; run: a new one of them;
-                                         smoke: the finished run's folder, to be read or copied, never written to
+                                         smoke: that of a finished one, to be read or copied, never written
     start(folder)                        train.main in a process of its own, which may be killed
 """
 import multiprocessing
