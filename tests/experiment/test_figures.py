@@ -109,9 +109,6 @@ def test_what_is_missing_is_left_out(tmp_path):
         "curve-pretrain", "fig3-rewards", "fig4-sampling", "curve-finetune", "fig7-cell-0"]
     (tmp_path / "figures/fig3-rewards.png").unlink()
     assert [path.stem for path in figures.draw(tmp_path, again=False)] == ["fig3-rewards"]
-    (tmp_path / "search.jsonl").write_text("nonsense\n")
-    with pytest.raises(InputError, match="search.jsonl"):
-        figures.draw(tmp_path, "search")
 
 
 def test_each_candidate_is_a_mark_where_the_log_says(drawn):

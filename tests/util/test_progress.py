@@ -6,11 +6,6 @@ from util import progress
 from util.progress import Progress
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def printed(monkeypatch, stdout, times, *done, total=10, **more):
     clock = iter(times)
     with monkeypatch.context() as patch:
@@ -31,6 +26,8 @@ def test_the_first_step_is_shown_and_the_time_left(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(Progress, "stage", "[2/4] ")
     monkeypatch.setattr(Progress, "after", 36000.0)
-    text = printed(monkeypatch, Terminal(), (0, 5), 7, total=1_000, done=2)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    text = printed(monkeypatch, terminal, (0, 5), 7, total=1_000, done=2)
     assert text == "\r\033[K[2/4] search 7/1,000  loss 0.25  17 min left, 10.3 h of all"         # 60 columns
     assert printed(monkeypatch, io.StringIO(), (0, 1), 3, total=0) == "[2/4] search 3  loss 0.25\n"
