@@ -7,7 +7,7 @@ Sect. 4.1: the LSTM's size, PPO and its rate, L, and the early stop of un-promis
 [18] is the search for static networks from which the paper takes its controller. What neither of the two
 fixes is marked "[ours]". The controller is small and stays on the CPU, whatever device trains the cells.
 
-    python controller.py       PPO finds a planted genotype, beside random search, within twenty seconds
+    python controller.py       PPO seeks a planted genotype, beside random search, within twenty seconds
 """
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""Videos with labelled frames, their transforms, and the scores (Sect. 4).
+"""Videos with labelled frames, their transforms, and the scores.
 
     python data.py                                 the synthetic videos: splits, class shares, a contact sheet
     python data.py --dataset camvid --data DIR     the same for CamVid
@@ -103,12 +103,12 @@ def normalise(images):
 def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None, least=0.0):
     """Random scale, random crop and zero-padding (Sect. 6), and a random horizontal flip ([18]'s code).
 
-    images (B, T, H, W, 3) and labels (B, T, H, W), uint8; crop (h, w); scale (from, to), uniform [ours].
+    images (B, T, H, W, 3) and labels (B, T, H, W), uint8; crop (h, w); scale (from, to), uniform [18].
     All T frames of a sequence get the same transform. Returns (B, T, 3, h, w) float32 and (B, T, h, w)
     uint8. The generator must be on the CPU.
 
     [ours] The zeros are those of the normalised image, that is ImageNet's mean colour; their label is 255.
-    All three are combined into one affine map per sequence, so each pixel is sampled only once."""
+    All three are one affine map, so each pixel is sampled only once, bilinearly ([18]: bicubic)."""
     B, T, H, W = labels.shape
     draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
     s = (scale[0] + (scale[1] - scale[0]) * draw[0]).clamp(min=least)     # (B,)
@@ -147,7 +147,7 @@ def crop_map(scaled, out, where):
 
 def downsample_labels(labels, size):
     """Labels (N, H, W) -> (N, *size), the size of the network's maps for such an image. Coarse pixel i stands
-    for the fine pixels f*i .. f*i + f - 1, as in ops.resize, and gets the label of f*i + f//2.
+    for the fine pixels f*i .. f*i + f - 1, as in ops.resize, and gets the label of f*i + f//2. [ours]
 
     Raises ValueError when no power of two f connects the sizes."""
     for axis, side in zip((-2, -1), size):
@@ -379,7 +379,7 @@ class Synthetic:
 
     The videos depend on split and seed only; root is not used. 96x128 pixels, 6 classes."""
 
-    # PAN: pixels per frame; AROUND: after so many the camera sees the same again
+    # PAN: pixels per frame. AROUND: the scene's period, wide enough that no shape is in a frame twice
     SIZE, LIT, GREY, PAN, AROUND = (96, 128), 0.5, 150.0, 24, 188
     SPLITS = {"train": (40, 8), "val": (8, 10), "test": (16, 10)}         # clips, frames in each
     classes = "ground stripes checks dots rings bars".split()
@@ -466,7 +466,7 @@ class Frames:
     """The pixels of a dataset, indexed by frame number. Numbers run through the clips in order.
 
     in_memory=True reads all frames now, as uint8 (CamVid: 0.25 GB). A batch is then an index operation on
-    the device, so there is no data loader. in_memory=False (CityScapes: 37 GB) checks every frame now, and
+    the device, so there is no data loader. in_memory=False (CityScapes: 50 GB) checks every frame now, and
     reads a batch with threads when it is needed. None keeps up to IN_MEMORY bytes in memory. In all
     cases InputError names every problem before training starts. show(done, total) is called on the way."""
 

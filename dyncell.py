@@ -11,7 +11,6 @@ Images are RGB and normalised. A size such as 1/8 is that fraction of the image'
 """
 import collections
 import copy
-import functools
 import json
 import re
 import reprlib
@@ -45,7 +44,7 @@ class InvertedResidual(nn.Module):
 
     @staticmethod
     def conv_bn_relu6(cin, cout, kernel, stride=1, groups=1):
-        conv = DepthwiseInFloat32 if stride > 1 and groups > 1 else nn.Conv2d
+        conv = DepthwiseInFloat32 if stride > 1 and groups > 1 else nn.Conv2d     # see ops.separable
         return nn.Sequential(conv(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False),
                              nn.BatchNorm2d(cout), nn.ReLU6(inplace=True))
 
@@ -56,9 +55,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNet-v2, width 1, without its last 1x1 convolution and classifier. Keys as in torchvision."""
 
-    # expand, channels, repeats, stride
     SETTING = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
-               (6, 320, 1, 1))
+               (6, 320, 1, 1))           # expand, channels, repeats, stride
     TAPPED = 3, 6, 13, 17          # last block of 24, 32, 96 and 320 channels
 
     def __init__(self):
@@ -101,7 +99,7 @@ class StaticNetwork(nn.Module):
     width       channels of dec; [ours] the nodes of its cells have as many
     Classifier  class of its last part: Classifier(num_classes) is a module, called as classifier(dec, layer1)
                 -> pred. A cell has one of its own, which starts as a copy. layer1 may be None if
-                .needs_layer1 is False
+                .needs_layer1 is False, in decode's features, too
     __init__(num_classes, auxiliary=None), which sets .num_classes, .encoder and .classifier; see Arch2
     decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits. h and w are its own
                 choice, and its cells predict at the same size"""
@@ -161,10 +159,8 @@ class Classifier(nn.Conv2d):
 
 class Arch2(StaticNetwork):
     """The static network. 2,846,283 parameters for 11 classes, as in Table 5. pred is at 1/8, as dec is.
-
     In [18]'s notation its decoder is (1, 3), (4, 3), (2, 2): maps 0 to 3 are layer1 to layer4, and a block
     joins each pair to one more map, 4 to 6. dec is made of those that no block uses, 5 and 6.
-
     auxiliary adds a head to every block's output, for training only (Sect. 6). "cell" is a contextual cell
     and a classifier, as in [18]'s code; "classifier" [ours] a classifier alone, which costs less."""
 
@@ -231,7 +227,7 @@ STATICS = {network.name: network for network in (Arch2, Arch2Quarter)}
 
 # ---- Sect. 3.2: the genotype, a string of five tokens per layer -----------------------------------------
 
-INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the pool at first (Sect. 3.1)
+INPUTS = "layer4_prev", "dec_prev", "layer2", "layer3", "layer4"      # the five inputs (Sect. 3.1), in order
 
 
 def location(k):
@@ -245,7 +241,6 @@ Layer = collections.namedtuple("Layer", "loc1 loc2 op1 op2 agg")
 
 class Genotype(tuple):
     """The structure of a cell: a checked tuple of `Layer`. Raises ValueError unless it is made from
-
     - layers, [("dec_prev", "layer2", "skip", "skip", "concat"), ...], or dicts with Layer's keys. Locations,
       operations and aggregations are given by name or by number;
     - 5L tokens, as the controller samples them: a list, tuple, tensor or array of whole numbers;
@@ -287,8 +282,7 @@ class Genotype(tuple):
     def to_tokens(self):
         """List of 5L ints."""
         ops, aggs = list(OPERATIONS), list(AGGREGATIONS)
-        layers = [(*x[:2], ops.index(x.op1), ops.index(x.op2), aggs.index(x.agg)) for x in self]
-        return [token for layer in layers for token in layer]
+        return [k for x in self for k in (*x[:2], ops.index(x.op1), ops.index(x.op2), aggs.index(x.agg))]
 
     def to_json(self):
         """JSON text: a list of layers with names."""
@@ -312,7 +306,7 @@ class Genotype(tuple):
 
 
 # Cells by name. Those made by hand are one idea each of how to reuse the previous frame.
-CELLS = {
+CELLS = {name: Genotype(text) for name, text in {
     # The previous dec, unchanged: the least a cell can do.
     "propagate": "node0 = sum(skip(dec_prev), zero(dec_prev)); out = [node0]",
     # The previous dec moved by offsets that see both frames, plus the current one: GRFP [20], NetWarp [9].
@@ -352,18 +346,16 @@ CELLS = {
                 node1 = concat(deform3x3(layer4), conv3x3(layer3));
                 node2 = concat(deform3x3(node1), conv3x3(layer4));
                 node3 = concat(deform3x3(node2), deform3x3(layer3)); out = [node0, node3]""",
-}
-CELLS = {name: Genotype(text) for name, text in CELLS.items()}
+}.items()}
 DECODER = "decoder"                     # stands in place of a genotype, see DecoderCell
 
 
 # ---- Sect. 3.2: the dynamic cell ------------------------------------------------------------------------
 
 class DynamicCell(nn.Module):
-    """The cell that a genotype describes, with only the modules that it uses.
-
-    [ours] Every node is as wide as dec (64). Inputs of another width and the concatenated output go through
-    1x1 conv-BN-ReLU, the output at the resolution of layer2.
+    """The cell that a genotype describes, with only the modules that it uses. [ours] Every node is as wide as
+    dec (64). Inputs of another width and the concatenated output go through 1x1 conv-BN-ReLU, the output at
+    the resolution of layer2.
 
     genotype: anything that `Genotype` takes. past=False puts zeros in place of the previous frame's maps, to
     measure how much the cell gains from them. static: the static network that it works with, or its class."""
@@ -432,9 +424,9 @@ class VideoSegmenter(nn.Module):
     So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again. cell=None
     is the per-frame baseline: every frame is a key frame.
 
-    `segment` and `probabilities` pad sides of less than `pad` pixels, as in training (Sect. 4.1: 480x360 to
-    480x400 for CamVid). [ours] They enlarge a frame whose longer side is less than `enlarge` pixels, as thin
-    things are lost in small frames. `load` sets .classes, a list of names, and .palette, (C, 3) uint8."""
+    [ours] `segment` and `probabilities` pad sides of less than `pad` pixels, as training does (Sect. 4.1:
+    480x360 to 480x400 for CamVid), and enlarge a frame whose longer side is less than `enlarge` pixels, as
+    thin things are lost in small frames. `load` sets .classes, list of names, and .palette, (C, 3) uint8."""
 
     def __init__(self, static, cell, pad=0, enlarge=0):
         super().__init__()
@@ -540,26 +532,25 @@ def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
           "folded. 'arch2 + ...':\na later frame. cell0 to cell3 are reconstructions. Times are medians.")
     some = "propagate", "cell2", "cell3"
     tables = ("CamVid", camvid, 11, CELLS, 9), ("CityScapes", cityscapes, 19, some, 3)
-    for title, size, num_classes, cells, repeats in tables:
+    for title, size, C, cells, repeats in tables:
         image = torch.randn(1, 3, *size, device=device).to(memory_format=torch.channels_last)
-        statics, calls = {name: network(num_classes) for name, network in STATICS.items()}, {}
+        statics, calls = {name: network(C) for name, network in STATICS.items()}, {}
         modules = {"encoder alone": statics["arch2"].encoder, **statics}
         for name in cells:
-            cell = DynamicCell(CELLS[name], num_classes)
-            modules[f"arch2 + {name}"] = VideoSegmenter(statics["arch2"], cell)
+            modules[f"arch2 + {name}"] = VideoSegmenter(statics["arch2"], DynamicCell(CELLS[name], C))
         for name, module in modules.items():
             ready = fold_batchnorm(module).to(device, memory_format=torch.channels_last)
-            calls[name] = functools.partial(ready, image)
+            calls[name] = lambda ready=ready: ready(image)
             if isinstance(ready, VideoSegmenter):
-                calls[name] = functools.partial(ready.step, image, ready.step(image)[1])
+                calls[name] = lambda ready=ready, state=ready.step(image)[1]: ready.step(image, state)
         ms = milliseconds_in_turn(calls, repeats)
         print(f"\n{title:24}  parameters  G mult-adds       ms  / encoder  / arch2")
         for name, call in calls.items():
             count, time = parameters(modules[name]), ms[name]
             print(f"{name:24} {count:11,} {multiply_adds(call) / 1e9:12.2f} {time:8.1f} "
                   f"{time / ms['encoder alone']:10.2f} {time / ms['arch2']:8.2f}")
-    print("Paper, on a 1080Ti: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57. The encoder alone is the floor of a "
-          "later frame.")
+    print("Paper, a 1080Ti, mean of a video with its key frame: 50.5 to 52.6 ms / 92.4 ms = 0.55 to 0.57.\n"
+          "The encoder alone is the floor of a later frame.")
 
 
 def main(arguments=None):

@@ -101,12 +101,12 @@ def conv_bn_relu(cin, cout, kernel=1, rate=1):
 def resize(x, size):
     """Brings a coarse map (B, C, h, w) to the `size` (H, W) of a finer map of the same image, bilinearly.
 
-    The map is enlarged by the *factor* f of the strides between the two, and what stands over is cut off.
-    So coarse pixel i covers the fine pixels f * i to f * i + f - 1. Of the 360 rows of a CamVid frame stay
+    [ours] The map is enlarged by the *factor* f of the strides between the two, and the rest is cut off; [18]
+    resizes to the size. So coarse pixel i covers the fine pixels f * i to f * i + f - 1. Of CamVid's 360 rows
 
-        45 rows at 1/8     0 1 2 3 4 5 6 7  ...  40 41 42 43 44  .  .  .      . is cut off
-        23 rows at 1/16     0   1   2   3   ...    20    21    22    .
-        12 rows at 1/32       0       1     ...       10          11
+        45 stay at 1/8     0 1 2 3 4 5 6 7  ...  40 41 42 43 44  .  .  .      . is cut off
+        23 stay at 1/16     0   1   2   3   ...    20    21    22    .
+        12 stay at 1/32       0       1     ...       10          11
 
     The reason: a convolution of stride 2, kernel 3 and padding 1 puts its output i at the input's pixel
     2 * i, whatever the size. F.interpolate(x, size=(H, W)) would give each of the 12 rows 3.75 of the 45,

@@ -2,7 +2,7 @@
 
     python train.py                                                  synthetic videos, minutes on a CPU
     python train.py --dataset camvid --data DIR                      CamVid: the paper's recipe on a GPU
-    python train.py --dataset camvid --data DIR --schedule short     the same steps, about two hours on a CPU
+    python train.py --dataset camvid --data DIR --schedule short     the same steps, some two hours on a CPU
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
 
 Read it from top to bottom beside the paper. The same command again continues where it stopped, to the same
@@ -17,7 +17,6 @@ result. experiment/runs.py does that; a reader needs only these words of it:
 """
 import dataclasses
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 from controller import PPO, Controller, EarlyStop
-from data import Confusion, Consistency
 from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm, make_cell
 from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
@@ -39,8 +37,8 @@ from util.progress import Progress
 # ---- the recipe: every hyper-parameter --------------------------------------------------------------------
 
 def field(stage, default, help, least=None, below=math.inf, choices=None):
-    """A field of the recipe, and so a flag. stage: the first one whose result depends on it. A number is
-    above 0, or at least `least`, and smaller than `below`."""
+    """A field of the recipe, and so a flag. stage: pretrain, search, alone, end or amount (see below), the
+    first one whose result depends on it. A number is above 0, or at least `least`, and less than `below`."""
     return dataclasses.field(default=default, metadata=dict(
         stage=stage, help=help, least=least, below=below, choices=choices))
 
@@ -76,9 +74,8 @@ class Recipe:
     auxiliary_weight: float = field("pretrain", 0.3, "Sect. 6: weight of the auxiliary losses", 0)
     auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")
     gradient_norm: float = field("pretrain", 3.0, "[18]: pre-training's gradients, clipped; 0: not", 0)
-    loss_stride: int = field("pretrain", 4, "[ours]: every loss is taken at 1/N of the image")
-    class_weights: float = field("pretrain", 0.0, "[ours], ENet: K of a class's weight in every loss, "
-                                 "1 / log(K + its share of the pixels); 0: all weigh 1", 0)
+    loss_stride: int = field("pretrain", 4, "[ours]: losses at 1/N of the image", choices=(1, 2, 4, 8))
+    class_weights: float = field("pretrain", 0.0, "[ours]: classes weigh 1 / log(N + share); 0: all 1", 0)
 
     # Sect. 4, 4.1: the search
     sequence_length: int = field("search", 3, "Sect. 4: consecutive frames in a training sequence", 2)
@@ -114,7 +111,7 @@ class Recipe:
     end_mirrored: bool = field("end", True, "[18]: half of the sequences are mirror images")
 
     # how much is made
-    validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between looks at val; 0: no", 0)
+    validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between validations; 0: no", 0)
     search_candidates: int = field("amount", 1000, "[ours]: number of sampled cells")
     search_strategy: str = field("amount", "ppo", "Sect. 4.1: ppo; [ours]: random, every token uniform; both",
                                  choices=("ppo", "random", "both"))
@@ -148,8 +145,7 @@ def recipe_for(dataset, schedule, **changes):
 def class_weights(run):
     """[ours] (C,): w = 1 / log(K + p), as in ENet (Paszke et al., 2016), where p is a class's share of the
     labelled pixels of train; scaled to a mean of 1 over these pixels. None where K is 0."""
-    K = run.recipe.class_weights
-    if not K:
+    if not (K := run.recipe.class_weights):
         return None
     p = run.frames("train").shares                                # (C,)
     w = 1 / torch.log(K + p)
@@ -158,8 +154,9 @@ def class_weights(run):
 
 def cross_entropy(logits, labels, stride, weight=None):
     """Mean over the labelled pixels; zero where there is none. logits (N, C, h, w), labels (N, H, W) uint8,
-    weight (C,). [ours] Both are brought to 1/stride of the image, the logits bilinearly."""
-    size = [math.ceil(side / stride) for side in labels.shape[-2:]]
+    weight (C,). [ours] Both are brought to 1/stride of the image, the logits bilinearly; or to the logits'
+    size, if that is larger."""
+    size = [max(h, math.ceil(side / stride)) for h, side in zip(logits.shape[-2:], labels.shape[-2:])]
     logits = resize(logits.float(), size)                         # (N, C, H/stride, W/stride)
     labels = data.downsample_labels(labels, size)
     total = F.cross_entropy(logits, labels.long(), weight, ignore_index=data.IGNORE, reduction="sum")
@@ -168,7 +165,7 @@ def cross_entropy(logits, labels, stride, weight=None):
 
 def update(loss, optimizers, rate, world=1, norm=0.0):
     """One step of every optimiser, its learning rates times `rate`. Sect. 6: poly, (1 - step / steps) ** P,
-    [ours] in every training, Adam's too. world: number of processes that share the batch; norm: the highest
+    [ours] in every later training, too. world: number of processes that share the batch; norm: the highest
     norm of a group's gradients; 0: any."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -179,9 +176,8 @@ def update(loss, optimizers, rate, world=1, norm=0.0):
     if world > 1:
         average_gradients(optimizers)
     for optimizer in optimizers:
-        if norm:
-            for group in optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], norm)
+        for group in optimizer.param_groups if norm else ():
+            torch.nn.utils.clip_grad_norm_(group["params"], norm)
         optimizer.step()
 
 
@@ -191,14 +187,13 @@ def static_optimizers(model, r):
     """Sect. 6 gives the encoder and the decoder a rate each, and names no optimiser. sgd: for both. sgd-adam:
     [18]'s code. adamw [ours]: reaches in 40 epochs what sgd needs hundreds for (docs/results.md)."""
     decoder = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-    groups = [{"params": model.encoder.parameters(), "lr": r.static_lr_encoder},
-              {"params": decoder, "lr": r.static_lr_decoder}]
-    decay = {"weight_decay": r.static_weight_decay}
+    rates = (model.encoder.parameters(), r.static_lr_encoder), (decoder, r.static_lr_decoder)
+    groups = [{"params": p, "lr": rate, "weight_decay": r.static_weight_decay} for p, rate in rates]
     if r.static_optimizer == "adamw":
-        return [AdamW(groups, **decay)]
+        return [AdamW(groups)]
     if r.static_optimizer == "sgd-adam":
-        return [SGD(groups[:1], momentum=r.momentum, **decay), Adam(groups[1:], **decay)]
-    return [SGD(groups, momentum=r.momentum, **decay)]
+        return [SGD(groups[:1], momentum=r.momentum), Adam(groups[1:])]
+    return [SGD(groups, momentum=r.momentum)]
 
 
 def pretrain(run):
@@ -228,7 +223,7 @@ def pretrain(run):
             others = sum(cross_entropy(other, labels, r.loss_stride, weight) for other in auxiliary)
             loss = cross_entropy(pred, labels, r.loss_stride, weight) + r.auxiliary_weight * others
             rate = (1 - done) ** r.poly_power
-            if r.static_rate == "cosine":                         # [ours] after 50 steps of warm-up
+            if r.static_rate == "cosine":                         # [ours], times 50 steps of linear warm-up
                 rate = min(1, (epoch.step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
             update(loss, optimizers, rate, run.world, r.gradient_norm)
             mean.update_parameters(model)
@@ -249,9 +244,9 @@ def static_outputs(run, static, windows, transformed=True):
     they are, for meta-val ("No transformations are applied to the validation sequences")."""
     r, frames, numbers, maps = run.recipe, run.frames("train"), windows.unique(), {}      # (n,)
     progress = Progress("static outputs", len(numbers))
-    for first in range(0, len(numbers), 8):
-        images, labels = frames[numbers[first:first + 8]]         # (N, H, W, 3), (N, H, W)
-        images, last = data.normalise(images), first + len(images)        # (N, 3, H, W)
+    for first in range(0, len(numbers), 8):                       # 8 at once, for the memory
+        images, labels = frames[numbers[first:first + 8]]         # (B, H, W, 3), (B, H, W)
+        images, last = data.normalise(images), first + len(images)        # (B, 3, H, W)
         if transformed:                                           # CityScapes is resized, CamVid is padded
             images, labels = data.resize_longer_side(images, labels, r.input_longer_side)
             images, labels = data.pad(images, labels, r.input_pad)
@@ -259,12 +254,11 @@ def static_outputs(run, static, windows, transformed=True):
             layers = static.encode(images.contiguous(memory_format=torch.channels_last))
             dec, _ = static.decode(layers)
         for name, x in zip(FeatureCache.STRIDE, (*layers, dec, labels)):
-            if name == "layer1" and not static.classifier.needs_layer1:
-                continue
-            if not first:                                         # all memory at once: no map is there twice
-                kind = torch.half if x.is_floating_point() else x.dtype
-                maps[name] = x.new_empty(len(numbers), *x.shape[1:], dtype=kind)
-            maps[name][first:last] = x
+            if name != "layer1" or static.classifier.needs_layer1:
+                if not first:                                     # torch.cat would hold each map twice
+                    dtype = torch.half if x.is_floating_point() else x.dtype
+                    maps[name] = x.new_empty(len(numbers), *x.shape[1:], dtype=dtype)
+                maps[name][first:last] = x
         progress.update(last)
     return FeatureCache(numbers, maps, crop=r.input_crop if transformed else None)
 
@@ -284,33 +278,32 @@ class FeatureCache:
     def pick(self, window, rng=None):
         """window (B, T) -> yields T frames, each {name: map (B, C, h, w), "labels": (B, H, W)}. Larger frames
         are cropped, each sequence at a place of its own."""
-        labels, places = self.maps["labels"], {}                  # axis -> (B,) offsets in steps of 32 pixels
+        labels, corner = self.maps["labels"], {}                  # axis -> (B,) offsets in units of 32 pixels
         for axis, side in zip((-2, -1), labels.shape[-2:]):
             if self.crop and side > self.crop:
-                steps = (side - self.crop) // 32
-                places[axis] = torch.randint(steps + 1, (len(window),), generator=rng).tolist()
-        for rows in torch.searchsorted(self.numbers, window).T.to(labels.device):         # (B,)
+                places = (side - self.crop) // 32 + 1
+                corner[axis] = torch.randint(places, (len(window),), generator=rng).tolist()
+        for at in torch.searchsorted(self.numbers, window).T.to(labels.device):           # (B,)
             frame = {}
             for name, x in self.maps.items():
-                x = x[rows] if name == "labels" else x[rows].float()      # autocast can't stack half floats
-                for axis, offsets in places.items():
-                    step, size = 32 // self.STRIDE[name], math.ceil(self.crop / self.STRIDE[name])
-                    x = torch.stack([one.narrow(axis, step * k, size) for one, k in zip(x, offsets)])
+                x = x[at] if name == "labels" else x[at].float()          # autocast can't stack half floats
+                for axis, offsets in corner.items():
+                    unit, size = 32 // self.STRIDE[name], math.ceil(self.crop / self.STRIDE[name])
+                    x = torch.stack([one.narrow(axis, unit * k, size) for one, k in zip(x, offsets)])
                 frame[name] = x if name == "labels" else x.contiguous(memory_format=torch.channels_last)
             yield frame
 
 
 def unroll(run, cell, frames):
-    """The recurrence of Sect. 3.1: dec_0 of the static network, then, frame by frame,
+    """The recurrence of Sect. 3.1; dec_0 is the static network's (Sect. 4). Then, frame by frame,
     dec_t, pred_t = cell(layer4_{t-1}, dec_{t-1}, layer2_t, layer3_t, layer4_t).
-    frames: FeatureCache.pick's -> [(pred (B, C, h, w), labels (B, H, W))] of every frame after the first.
-    layer1 is there only where the classifier takes it."""
+    frames: FeatureCache.pick's -> [(pred (B, C, h, w), labels (B, H, W))] of every frame after the first."""
     before, results = next(frames), []
     dec = before["dec"]                                           # (B, 64, H/8, W/8)
     with run.autocast():
         for frame in frames:
             dec, pred = cell(before["layer4"], dec, frame["layer2"], frame["layer3"], frame["layer4"],
-                             frame.get("layer1"))
+                             frame.get("layer1"))                 # None unless the classifier takes it
             results.append((pred, frame["labels"]))
             before = frame
     return results
@@ -329,7 +322,7 @@ def score(run, cell, stored, windows):
     """Sect. 3.3: the reward, the geometric mean (mIoU * frequency-weighted IoU * mean accuracy) ** (1/3), and
     the three, of all frames of windows (N, T) after the first, at the labels' resolution (data.Confusion)."""
     cell.eval()
-    confusion, (H, W) = Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
+    confusion, (H, W) = data.Confusion(run.num_classes), stored.maps["labels"].shape[-2:]
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory
     for window in windows.split(at_once):
         for pred, labels in unroll(run, cell, stored.pick(window)):
@@ -341,10 +334,9 @@ def score(run, cell, stored, windows):
 
 
 def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry):
-    """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log.
-
-    meta_train, meta_val: stored outputs and windows (N, T). Sect. 4.1: one that is stopped half way has its
-    half-way score as its reward."""
+    """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log. meta_train,
+    meta_val: stored outputs and windows (N, T). Sect. 4.1: if it is stopped half way, its half-way score is
+    its reward."""
     r, (stored, windows) = run.recipe, meta_train
     torch.manual_seed(generator(r.seed, "cell", k).initial_seed())
     cell = run.to_device(make_cell(genotype, static))
@@ -354,7 +346,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
     for epoch in range(r.search_epochs):
         steps += batches(len(windows), r.search_batch, generator(r.seed, "candidate", k, epoch))
     for step, batch in enumerate(steps):
-        if r.early_stop and 0 < step == len(steps) // 2:          # half way: is it promising?
+        if r.early_stop and 0 < step == len(steps) // 2:          # half way, not before a step
             check_finite(losses, "half way")
             scores = score(run, cell, *meta_val)
             entry["half_reward"] = scores["reward"]
@@ -426,28 +418,26 @@ def finetune(run):
     """Sect. 4.2: the two best cells and the controls (experiment/networks.py), first each cell alone, then
     all end to end. The baseline has no cell."""
     missing = [network for network in networks.networks(run) if not run.finished(network.name)]
-    finetune_cells(run, [network for network in missing
-                         if network.genotype and not run.finished(f"{network.name}-alone")])
+    cells = [network for network in missing
+             if network.genotype and not run.finished(f"{network.name}-alone")]
+    if cells:
+        finetune_cells(run, cells)
     for network in missing:                                       # no stored output is in memory any more
         finetune_end_to_end(run, network)
 
 
 def finetune_cells(run, chosen):
-    """Sect. 4.2: first the cell alone, by Adam, on the frozen static network's stored outputs.
-
-    [ours] So there is no augmentation, and on CityScapes the images are the search's."""
-    if not chosen:
-        return
+    """Sect. 4.2: first the cell alone, by Adam, on the frozen static network's stored outputs: [ours] so
+    there is no augmentation, and on CityScapes the images are the search's."""
     r, static = run.recipe, run.load("static").static
     windows = run.frames("train").windows(r.sequence_length)      # (N, T)
     stored = static_outputs(run, static, windows)
     for network in chosen:
-        name = network.name
-        print(f"{name}: {network.genotype}")
-        torch.manual_seed(generator(r.seed, name).initial_seed())
+        print(f"{network.name}: {network.genotype}")
+        torch.manual_seed(generator(r.seed, network.name).initial_seed())
         cell = run.to_device(make_cell(network.genotype, static, network.past))
         optimizer = Adam(cell.parameters(), r.cell_lr, weight_decay=r.weight_decay, fused=True)
-        for epoch in run.epochs(f"{name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
+        for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
             cell.train()
             for batch, done in epoch.batches(len(windows), r.cell_batch):
                 loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
@@ -456,20 +446,17 @@ def finetune_cells(run, chosen):
 
 
 def finetune_end_to_end(run, network):
-    """Sect. 4.2: then both, the cell by Adam at half its rate, the static network by SGD.
-
-    [ours] The loss is the sum of CE over all frames, t >= 0: without the key frame's nothing would hold the
-    static classifier to a decoder that changes. CityScapes' key frames have no label; there the static
-    network's own prediction of the last frame counts instead. The static network's batch norms keep their
-    statistics."""
+    """Sect. 4.2: then both, the cell by Adam at half its rate, the static network by SGD. [ours] Its batch
+    norms keep their statistics. The loss is the sum of CE over all frames, t >= 0: without the key frame's
+    term nothing would hold the static classifier to a decoder that changes. CityScapes' key frames have no
+    label; there the static network's own prediction of the last frame counts instead."""
     r, frames = run.recipe, run.frames("train")
     windows, weight = frames.windows(r.sequence_length), class_weights(run)       # (N, T), (C,)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
     optimizers = [SGD(video.static.parameters(), r.end_lr_static, r.momentum, weight_decay=r.weight_decay)]
     if video.cell is not None:
         optimizers += [Adam(video.cell.parameters(), r.end_lr_cell, weight_decay=r.weight_decay, fused=True)]
-    parts = dict(video.named_children())                          # static, and cell where there is one
-    for epoch in run.epochs(network.name, r.end_epochs, parts, optimizers):
+    for epoch in run.epochs(network.name, r.end_epochs, dict(video.named_children()), optimizers):
         video.train()
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
@@ -489,14 +476,14 @@ def finetune_end_to_end(run, network):
 
 def segment_clips(run, name, video, split, key_frame_every=0):
     """Yields (frame number, label map (H, W), label (H, W)) of every frame of a split, in float32. The static
-    network on key frames: the first of a clip, the first after a long gap, and every key_frame_every-th (0:
-    no other). The cell on the rest."""
+    network on key frames: the first of a clip and, [ours], the first after a long gap, and every
+    key_frame_every-th (0: no other). The cell on the rest."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
     progress = Progress(f"{name} on {split}", len(frames.list))
     for clip in frames.clips():
         gap_before, since = [True, *data.long_gaps([frames.list[k] for k in clip])], 0
         for k, gap in zip(clip, gap_before):
-            if gap or key_frame_every and since % key_frame_every == 0:
+            if gap or (key_frame_every and since % key_frame_every == 0):
                 state, since = None, 0
             since += 1
             if video.cell is None and frames.list[k].label is None:
@@ -510,17 +497,17 @@ def segment_clips(run, name, video, split, key_frame_every=0):
 
 def evaluate_video(run, name, video, split, key_frame_every=0):
     """Scores of a network on a split: miou, fwiou, macc, consistency over three frames, iou by class."""
-    confusion, steady, recent = Confusion(run.num_classes), Consistency(3), []
+    confusion, consistency, recent = data.Confusion(run.num_classes), data.Consistency(3), []
     windows = run.frames(split).windows(3).tolist()
     for k, pred, label in segment_clips(run, name, video, split, key_frame_every):
         confusion.update(pred, label)
         recent = [*recent, (k, pred, label)][-3:]
         numbers, preds, labels = zip(*recent)
         if list(numbers) in windows:
-            steady.update(preds, labels)
+            consistency.update(preds, labels)
     iou, miou, fwiou, macc, _ = confusion.scores()
     iou = dict(zip(run.frames(split).dataset.classes, iou))
-    return {"miou": miou, "fwiou": fwiou, "macc": macc, "consistency": steady.score(), "iou": iou}
+    return {"miou": miou, "fwiou": fwiou, "macc": macc, "consistency": consistency.score(), "iou": iou}
 
 
 def evaluate(run):
@@ -559,4 +546,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    data.run_main(main, continues="predict" not in sys.argv)      # which is run anew, into a new folder
+    data.run_main(main)

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import shlex
+import sys
 import typing
 
 import torch
@@ -210,8 +211,8 @@ def open_run(command, recipe_for):
     """A context with the run of a command: its data and folder are checked, and the folder is locked."""
     run = Run(command.run, command.recipe, command.data, command.device)
     if not command.network:
-        print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, {run.world} "
-              f"process(es) of {torch.get_num_threads()} threads", flush=True)
+        print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, "
+              f"{run.world} process(es) of {torch.get_num_threads()} threads", flush=True)
     run.first(lambda: check_run(run, command))
     if command.network:
         yield run
@@ -223,7 +224,11 @@ def open_run(command, recipe_for):
             save(run.path("recipe.json"), {"schedule": command.schedule, "data": command.data,
                                            "recipe": dataclasses.asdict(run.recipe)})
             schedules.announce(run, command, recipe_for)
-        yield run
+        try:
+            yield run
+        except SystemExit:                   # of run_main, at Ctrl-C and SIGTERM
+            print("the same command continues", file=sys.stderr)
+            raise
     if run.store:
         dist.destroy_process_group()
 

@@ -115,7 +115,7 @@ def announce(run, command, recipe_for):
     speed, size = seconds_per_pixel(run) / run.world, run.frame_size()
     run.expected = {stage: START + speed * pixels
                     for stage, pixels in pixels_of(run).items() if stage in command.stages}
-    print(f"about {duration(sum(run.expected.values()))} for {' '.join(run.expected)}, measured on two images")
+    print(f"about {duration(sum(run.expected.values()))} for {' '.join(run.expected)}, a first estimate")
     if (run.recipe.dataset, "short") not in SCHEDULES and size != data.CamVid.SIZE:
         print(f"its frames are {size[1]} x {size[0]}, and the recipe is CamVid's, made for 480 x 360; set "
               "--static-crop, --end-crop and --input-pad to match")

@@ -93,6 +93,8 @@ def test_cross_entropy_against_a_naive_loop_at_each_resolution(stride, size):
         expected = naive_cross_entropy(logits.double().numpy(), labels.numpy(), stride, weight)
         assert train.cross_entropy(logits, labels, stride, weight).item() == pytest.approx(expected, rel=1e-5)
     assert train.cross_entropy(logits, torch.full_like(labels, data.IGNORE), stride).item() == 0
+    fine = torch.randn(2, 3, *(math.ceil(side / 2) for side in size), generator=rng)      # never coarsened
+    assert train.cross_entropy(fine, labels, stride) == train.cross_entropy(fine, labels, min(stride, 2))
 
 
 def test_a_rare_class_weighs_more_and_the_mean_over_pixels_is_one(run):

@@ -32,14 +32,12 @@ def each(function, splits):
     return results
 
 
-def run_main(main, continues=False):
+def run_main(main):
     """Runs a script's main(). An error that the user can remove (InputError, a read-only folder, a full
     disk) is printed as one line, and the exit status is 2. Ctrl-C and SIGTERM end it with one line, too.
-
-    continues: the same command goes on where it was stopped. Output may be missing (None) or be any object
-    with write()."""
+    Output may be missing (None) or be any object with write()."""
     def stop(signum, _):
-        print("\nstopped" + "; the same command continues" * continues, file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(128 + signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -12,18 +12,18 @@ from util.errors import InputError, out_of_memory, run_main
 from util.progress import Progress
 
 
-def ended(function, **options):
+def ended(function):
     """The exit status of run_main with such a main()."""
     with pytest.raises(SystemExit) as stop:
-        run_main(function, **options)
+        run_main(function)
     return stop.value.code
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_script_says_one_line_and_leaves_no_handler(capsys, number):
     before = signal.getsignal(number)
-    assert ended(lambda: os.kill(os.getpid(), number), continues=True) == 128 + number
-    assert capsys.readouterr().err == "\nstopped; the same command continues\n"
+    assert ended(lambda: os.kill(os.getpid(), number)) == 128 + number
+    assert capsys.readouterr().err == "\nstopped\n"
     assert signal.getsignal(number) is before
 
 
