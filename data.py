@@ -4,7 +4,7 @@
     python data.py --dataset camvid --data DIR     the same for CamVid
 
 In the order of the file: sequences (Sect. 4), their split (Sect. 4.1), transforms (Sect. 4.1, 6), scores
-(Sect. 3.3), and the datasets. How their files are read is in util/: names, images, label_maps, frames.
+(Sect. 3.3), and the datasets. How their files are read is in util/: names, images, label_maps.
 
 Conventions, everywhere: images are (H, W, 3) uint8 RGB on disk and in memory. In the network they are
 (3, H, W) float, normalised with ImageNet's mean and standard deviation. Labels are (H, W) uint8; 255 means
@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from ops import factor
 from util import charts, download, label_maps
 from util.errors import InputError, each, run_main
-from util.frames import read_all
-from util.images import open_image, read_image  # noqa: F401 (data.read_image)
+from util.images import open_image, read_all, read_image  # noqa: F401 (data.read_image)
 from util.label_maps import IGNORE, ids, normal_form
 from util.names import clips_of, read_names
 from util.progress import Progress

@@ -14,8 +14,7 @@ from util.costs import usable_device
 from util.device import best_device, tf32
 from util.errors import InputError, brief, told
 from util.files import load, save
-from util.frames import read_all
-from util.images import other_kind, read_image, upright
+from util.images import other_kind, read_all, read_image, upright
 from util.progress import Progress
 
 FORMATS = "PNG", "JPEG", "GIF", "WEBP"       # of one image or an animation
