@@ -82,7 +82,8 @@ def parse(arguments, Recipe, recipe_for, stages, description):
             given[name] = os.path.abspath(value)
         elif isinstance(value, list):
             given[name] = cell_texts(value) if name == "cell" else tuple(value)
-    command.named_run = command.run is not None
+    if command.stage == "predict" and not (command.network or command.run or "dataset" in given):
+        raise InputError("--run, --network: give one of them, such as --network camvid for streets")
     command.run = pathlib.Path(command.run or f"runs/{given.get('dataset', 'synthetic')}")
     command.stages = [command.stage] if command.stage else list(stages)
     folder = None if command.stage == "predict" else folder_of(command.run, Recipe)

@@ -22,8 +22,7 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "networks"                  # thos
 ANIMATION = 100, 480                         # at most so many frames and so wide: it is made in memory
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The frames
+# ---- the frames -------------------------------------------------------------------------------------------
 
 Video = collections.namedtuple("Video", "names durations size read since")
 # names and durations (ms) of the frames; size: (H, W); read(): yields (H, W, 3) uint8, one after the other;
@@ -93,30 +92,19 @@ def find_network(run, network):
     if network is None:
         best = load(results).get("best") if (results := run / "results.json").exists() else None
         network = next((name for name in (best, "cell-0", "baseline", "static") if name in there), "static")
-    if network in there:
-        return run / f"{network}.pt"
-    for path in (SHIPPED / f"{network}.pt", pathlib.Path(network)):
+    for path in run / f"{network}.pt", SHIPPED / f"{network}.pt", pathlib.Path(network):
         if path.is_file():
             return path
     raise InputError(f"{run / network}.pt: no such file; {run} has {', '.join(there) or 'no network'}; "
                      "--network takes a checkpoint's path, too")
 
 
-def open_network(path, command):
-    """A checkpoint -> the network for inference, and the size (H, W) of the frames that it was trained on, or
-    None if unknown. Raises InputError."""
-    saved = load(path, "--network takes a network trained by this program")
-    video = VideoSegmenter.load(path)
-    video.enlarge = command.enlarge
-    return fold_batchnorm(video.to(usable_device(command.device or best_device()))), saved.get("size")
-
-
 def predict(command):
     """Writes label maps, overlays and one animation of a video. Memory doesn't grow with its length."""
-    if not (command.network or command.named_run or "dataset" in command.given):
-        raise InputError("--run, --network: give one of them, such as --network camvid for streets")
     path, output = find_network(command.run, command.network), pathlib.Path(command.output)
-    network, size = open_network(path, command)
+    network, size = VideoSegmenter.load(path), load(path).get("size")      # (H, W) of its training, if known
+    device, network.enlarge = usable_device(command.device or best_device()), command.enlarge
+    network = fold_batchnorm(network.to(device))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: holds files already; nothing is overwritten, so give another --output")
     video, every = open_video(command.input), command.key_frame_every or math.inf         # 0: on no others
@@ -127,7 +115,7 @@ def predict(command):
     for k, (name, image) in enumerate(zip(video.names, video.read())):    # (H, W, 3)
         if video.since[k] % every == 0:
             state = None                     # a key frame
-        with told("predict", command.device or best_device()), tf32(False):
+        with told("predict", device), tf32(False):
             if command.save_confidence:
                 probabilities, state = network.probabilities(image, state)            # (C, H, W)
                 largest, labels = probabilities.max(dim=0)        # (H, W)
