@@ -156,9 +156,6 @@ def check(recipe):
                 wanted = "above 0" if least is None else f"{least} or more"
                 raise InputError(f"{flag(field.name)} {number}: must be {wanted}"
                                  + f", and below {below}" * (below < math.inf))
-    for name in ("static_scale", "end_scale"):
-        if getattr(recipe, name)[0] > getattr(recipe, name)[1]:
-            raise InputError(f"{flag(name)}: the first number must not be above the second")
     if 0 < recipe.class_weights <= 1:                             # 1 / log(K + p) may be negative
         raise InputError(f"--class-weights {recipe.class_weights}: must be 0 or above 1, as ENet's 1.02")
     if not recipe.static_epochs and recipe.static == "none":

@@ -101,7 +101,7 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
 @pytest.mark.parametrize("line, said", [
     ("--dataset kitti", "kitti"), ("--static-epochs 0", "--static FILE"), ("--end-epochs -1", "0 or more"),
     ("--cell-lr nan", "above 0"), ("--key-frames 0 -3", "--key-frames -3"), ("--key-frames", "--key-frames"),
-    ("--meta-val-share 1", "below 1"), ("--static-scale 2 0.5", "--static-scale"), ("--cell warp9", "warp9"),
+    ("--meta-val-share 1", "below 1"), ("--cell warp9", "warp9"),
     ("--class-weights 1", "above 1"), ("--cells 0 --cell", "--cells 0"), ("--device warp9", "warp9"),
     ("--sequence-length 9", "--sequence-length 9"), ("--static nowhere.pt", "nowhere.pt: no such"),
     ("--dataset camvid --data nowhere", "nowhere: no such folder"), ("--data x", "--data"),
