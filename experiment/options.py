@@ -212,13 +212,10 @@ def open_run(command, recipe_for):
         print(f"{run.folder}: {run.recipe.dataset}, schedule {command.schedule}, on {run.device}, "
               f"{run.world} process(es) of {torch.get_num_threads()} threads", flush=True)
     run.first(lambda: check_run(run, command))
-    if command.network:
-        yield run
-        return
     if run.device.type == "cpu":
         limit_memory()
-    with locked(run):
-        if run.rank == 0:
+    with contextlib.nullcontext() if command.network else locked(run):        # it leaves the folder as it is
+        if run.rank == 0 and not command.network:
             save(run.path("recipe.json"), {"schedule": command.schedule, "data": command.data,
                                            "recipe": dataclasses.asdict(run.recipe)})
             schedules.announce(run, command, recipe_for)
