@@ -17,10 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
-try:
+with contextlib.suppress(ImportError):       # Windows has none
     import fcntl
-except ImportError:                          # Windows
-    fcntl = None
 
 import data
 from dyncell import DECODER, VideoSegmenter, make_cell
@@ -376,6 +374,6 @@ def locked(run):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{run.folder}: another process uses it; wait, or use another --run") from None
-        except (AttributeError, OSError) as error:
+        except (NameError, OSError) as error:                    # no fcntl, or no locks
             print(f"{run.folder}: can't be locked here ({error}); start one command at a time on it")
         yield

@@ -210,7 +210,7 @@ def test_two_commands_do_not_work_on_one_run_at_once(smoke, small):
 
 def test_what_the_machine_lacks_is_said_and_stops_nothing(small, tmp_path, monkeypatch, capsys):
     """No fcntl to lock with (Windows), and ranks in the environment that are not torchrun's."""
-    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.delattr(runs, "fcntl")
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
