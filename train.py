@@ -28,7 +28,7 @@ from controller import PPO, Controller, EarlyStop
 from dyncell import STATICS, Genotype, VideoSegmenter, fold_batchnorm, make_cell
 from ops import resize
 from experiment import networks, options, predict, schedules, table, weights
-from experiment.runs import average_gradients, batches, check_finite, generator
+from experiment.runs import Log, average_gradients, batches, check_finite, generator
 from util.costs import parameters
 from util.device import tf32
 from util.progress import Progress
@@ -370,8 +370,8 @@ def search(run):
     static = run.load("static").static
     meta_train = static_outputs(run, static, train), train
     meta_val = static_outputs(run, static, val, transformed=False), val
-    for strategy, log in table.logs(run).items():
-        explore(run, strategy, log, static, meta_train, meta_val)
+    for strategy in networks.strategies(r):
+        explore(run, strategy, Log(run, networks.SEARCHES[strategy][0]), static, meta_train, meta_val)
 
 
 def explore(run, strategy, log, static, meta_train, meta_val):

@@ -16,7 +16,7 @@ import data
 from dyncell import DECODER, VideoSegmenter, fold_batchnorm
 from experiment import figures, schedules
 from experiment.networks import SEARCHES, Network, networks, strategies
-from experiment.runs import Log, fields_of
+from experiment.runs import fields_of
 from util.costs import milliseconds_in_turn, multiply_adds, parameters
 from util.device import tf32
 from util.errors import InputError, told
@@ -26,11 +26,6 @@ from util.progress import Progress, duration
 
 NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 NEXT = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
-
-
-def logs(run):
-    """{strategy: Log} of the run's searches."""
-    return {strategy: Log(run, SEARCHES[strategy][0]) for strategy in strategies(run.recipe)}
 
 
 def searched(run):
