@@ -397,7 +397,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
                 genotype = Genotype.from_tokens(row)
                 with log.candidate(k, genotype) as entry:
                     train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry)
-                progress.update(len(log), **log.figures(k))
+                progress.update(len(log), reward=log[k]["reward"], best=max(log[j]["reward"] for j in log))
         log.sync()                                                # now every process has all of this round
         for k in numbers:                                         # [ours]: the early stop moves once a round
             if log[k]["half_reward"] is not None:

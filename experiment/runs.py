@@ -202,10 +202,6 @@ class Log(dict):
         return torch.tensor([self[k]["tokens"] if k in self else row.tolist()
                              for k, row in zip(numbers, sampled)])
 
-    def figures(self, k):
-        """For the line of progress: the reward of candidate k, and the best one so far."""
-        return {"reward": self[k]["reward"], "best": max(entry["reward"] for entry in self.values())}
-
 
 # ---- the run ----------------------------------------------------------------------------------------------
 
