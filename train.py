@@ -232,7 +232,7 @@ def pretrain(run):
             model.load_state_dict(mean.module.state_dict())
         if epoch.due(r.validate_every):
             video = VideoSegmenter(mean.module, None, pad=r.input_pad)
-            epoch.note(val_miou=evaluate_video(run, "static", video, "val")["miou"])
+            epoch.note("val_miou", evaluate_video(run, "static", video, "val")["miou"])
 
 
 # ---- Sect. 4.1: "we pre-compute all required outputs from the pre-trained static network" -----------------

@@ -144,11 +144,10 @@ class Epoch:
         """True in rank 0, in every nth epoch (n = every) and in the last one; every = 0: never."""
         return self.run.rank == 0 and every > 0 and ((self.index + 1) % every == 0 or self.last)
 
-    def note(self, **figures):
-        """Adds figures to the history and prints them."""
-        self.entry.update(figures)
-        text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.run.progress.say(f"{self.name}: epoch {self.index + 1}, {text}")
+    def note(self, name, value):
+        """Adds a figure to the history and prints it."""
+        self.entry[name] = value
+        self.run.progress.say(f"{self.name}: epoch {self.index + 1}, {name} {value:.4f}")
 
 
 # ---- the search's log -------------------------------------------------------------------------------------
