@@ -321,9 +321,8 @@ class Run:
                   for part, module in parts.items() if not (finished and part == "average")}
         if "static" in parts:
             kind = data.dataset_class(self.recipe.dataset)
-            more.update(network=parts["static"].name, classes=list(kind.classes),
-                        palette=[list(map(int, colour)) for colour in kind.palette],
-                        size=tuple(self.frame_size()))
+            more.update(network=parts["static"].name, classes=kind.classes, palette=kind.palette.tolist(),
+                        size=self.frame_size())
         if "cell" in parts:
             genotype = getattr(parts["cell"], "genotype", None)   # the decoder has none
             more.update(genotype=genotype.to_json() if genotype else DECODER,

@@ -166,16 +166,15 @@ def new_row(run, network, every, costs, scores):
 def evaluate_network(run, path, evaluate_video, enlarge=0):
     """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved.
     evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises InputError."""
-    path, video, classes = pathlib.Path(path), VideoSegmenter.load(path), run.dataset("val").classes
-    if video.classes != list(classes):
+    video, classes = VideoSegmenter.load(path), run.dataset("val").classes
+    if video.classes != classes:
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
                          f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")
     genotype, rows, video.enlarge = video.cell and getattr(video.cell, "genotype", DECODER), [], enlarge
     with told("evaluate", run.device), tf32(False):
         network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
         for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:
-            scores = {split: evaluate_video(run, path.stem, video, split, every)
-                      for split in run.splits[1:]}
+            scores = {split: evaluate_video(run, path.stem, video, split, every) for split in run.splits[1:]}
             rows.append(new_row(run, network, every, costs, scores))
     print_table({"rows": rows, "reported": run.splits[-1]})
 
@@ -197,7 +196,7 @@ def differing_frames(frames, baseline, cell, cell_name):
     return {"images": images.cpu(), "labels": labels.cpu(), "baseline": torch.stack(maps[0]),
             "cell": torch.stack(maps[1]), "cell_name": cell_name, "differ": list(shares),
             "names": [pathlib.Path(frames.list[k].image).name for k in numbers],
-            "classes": list(dataset.classes), "palette": [list(map(int, c)) for c in dataset.palette]}
+            "classes": dataset.classes, "palette": dataset.palette.tolist()}
 
 
 # The columns of the table and their widths; docs/glossary.md explains them.
