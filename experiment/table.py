@@ -23,7 +23,6 @@ from util.errors import InputError, told
 from util.files import load, read_log, save
 from util.progress import Progress, duration
 
-
 NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
 NEXT = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
 
@@ -118,9 +117,8 @@ class Table:
         fields = {name: getattr(run.recipe, name) for name in fields_of(run.recipe, "end")}
         self.recipe = json.loads(json.dumps(fields))              # tuples become lists, as in a file
         saved = load(self.path) if self.path.exists() else {}
-        self.rows, self.finished = saved.get("rows", []), "best" in saved
-        if saved.get("recipe") != self.recipe:                    # of other networks: they are scored again
-            self.rows = []
+        same = saved.get("recipe") == self.recipe                 # else of other networks: they are scored again
+        self.rows, self.finished = saved["rows"] if same else [], "best" in saved
 
     def missing(self):
         """[(network, key-frame intervals)] without scores. Empty except in rank 0, which evaluates alone."""
