@@ -146,11 +146,6 @@ def cell(genotype, title):
     return canvas
 
 
-def content(path):
-    """The content of a checkpoint, finished or not; {} if there is no file."""
-    return load(path) if path.exists() else {}
-
-
 def series(saved, key, unit=1):
     """The values of `key` in a training's history as points (epoch, value / unit)."""
     return [(entry["epoch"], entry[key] / unit) for entry in saved.get("history", [])
@@ -158,7 +153,7 @@ def series(saved, key, unit=1):
 
 
 def draw_pretrain(folder):
-    saved = content(folder / "static.pt")
+    saved = load(folder / "static.pt", absent={})
     parts = {"loss, with auxiliary losses": {"static network": series(saved, "loss")},
              "mIoU on val, %": {"static network": series(saved, "val_miou", 0.01)}}
     if saved.get("history"):
@@ -178,7 +173,7 @@ def draw_finetune(folder):
     alone, whole, genotypes = {}, {}, {}     # genotypes: {text: the first name that has it}
     for name in sorted({path.stem.removesuffix("-alone") for kind in ("baseline", "cell", "random")
                         for path in folder.glob(f"{kind}*.pt")}):
-        first, last = content(folder / f"{name}-alone.pt"), content(folder / f"{name}.pt")
+        first, last = (load(folder / f"{name}{of}.pt", absent={}) for of in ("-alone", ""))
         length = (first or last)["recipe"]["sequence_length"]
         # A loss is summed over all frames of a sequence; of a cell that is trained alone, but the first.
         alone[name], whole[name] = series(first, "loss", length - 1), series(last, "loss", length)
@@ -192,9 +187,9 @@ def draw_finetune(folder):
 
 
 def draw_evaluate(folder):
-    if saved := content(folder / "examples.pt"):
+    if saved := load(folder / "examples.pt", absent={}):
         yield "fig5-examples", examples(saved)
-    if "reported" in (results := content(folder / "results.json")):       # else it is not finished
+    if "reported" in (results := load(folder / "results.json", absent={})):        # else it is not finished
         yield "tables3-4-miou", table(results)
 
 

@@ -90,7 +90,7 @@ def find_network(run, network):
     there = [path.stem for path in sorted(run.glob("*.pt")) if not path.stem.endswith("-alone")
              and path.stem not in ("controller", "examples")]
     if network is None:
-        best = load(results).get("best") if (results := run / "results.json").exists() else None
+        best = load(run / "results.json", absent={}).get("best")
         network = next((name for name in (best, "cell-0", "baseline", "static") if name in there), "static")
     for path in run / f"{network}.pt", SHIPPED / f"{network}.pt", pathlib.Path(network):
         if path.is_file():

@@ -116,7 +116,7 @@ class Table:
         self.run, self.path = run, run.path("results.json")
         fields = {name: getattr(run.recipe, name) for name in fields_of(run.recipe, "end")}
         self.recipe = json.loads(json.dumps(fields))              # tuples become lists, as in a file
-        saved = load(self.path) if self.path.exists() else {}
+        saved = load(self.path, absent={})
         same = saved.get("recipe") == self.recipe                 # else of other networks: they are scored again
         self.rows, self.finished = saved["rows"] if same else [], "best" in saved
 

@@ -13,7 +13,6 @@ from util.errors import InputError
 def save(path, content):
     """Writes a temporary file, flushes it and renames it, so that a file is complete or absent. A path that
     ends in .json gets JSON, any other what torch.save writes."""
-    path = pathlib.Path(path)
     beside, whole = path.with_name(path.name + ".writing"), io.BytesIO()
     if path.suffix == ".json":
         whole.write(json.dumps(content, indent=1).encode())
@@ -29,10 +28,13 @@ def save(path, content):
         beside.unlink(missing_ok=True)
 
 
-def load(path, wanted="restore it, or use another"):
+def load(path, wanted="restore it, or use another", absent=None):
     """The content that save() wrote, or of a file of weights. Only tensors and plain values are loaded; no
-    code is run. Raises InputError that says what the file is, and the remedy, `wanted`."""
+    code is run. Raises InputError that says what the file is, and the remedy, `wanted`. absent, if given, is
+    the content of a file that is not there."""
     path = pathlib.Path(path)
+    if absent is not None and not path.exists():
+        return absent
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
