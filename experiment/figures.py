@@ -161,8 +161,7 @@ def draw_pretrain(folder):
 
 
 def draw_search(folder):
-    log, random = ([entry for _, entry in sorted(read_log(folder / name).items())]
-                   for name in ("search.jsonl", "random.jsonl"))  # several processes write in any order
+    log, random = (list(read_log(folder / name).values()) for name in ("search.jsonl", "random.jsonl"))
     if log or random:
         yield "fig3-rewards", rewards(log, random)
     if log:

@@ -64,7 +64,7 @@ def ranked(run, strategy):
     if len(entries) < count or not good:
         raise InputError(f"{path}: has {len(entries)} of {count} candidates, and {len(good)} did not fail; "
                          "run --stage search first, or take fewer by --search-candidates")
-    good.sort(key=lambda entry: (-entry["reward"], entry["candidate"]))
+    good.sort(key=lambda entry: -entry["reward"])                 # of equal ones the earlier comes first
     return list(dict.fromkeys(Genotype.from_tokens(entry["tokens"]) for entry in good))
 
 

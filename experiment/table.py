@@ -246,7 +246,7 @@ def print_end(run):
     """Prints the table, whether later candidates have higher rewards (Fig. 3), and how to go on."""
     print_table(load(run.path("results.json")))
     for file, _, title in (SEARCHES[strategy] for strategy in strategies(run.recipe)):
-        rewards = [entry["reward"] for _, entry in sorted(read_log(run.path(file)).items())]
+        rewards = [entry["reward"] for entry in read_log(run.path(file)).values()]
         if size := len(rewards) // 4:
             means = [f"{statistics.mean(rewards[k * size:(k + 1) * size]):.2f}" for k in range(4)]
             print(f"mean reward of {title}'s candidates, {size} at a time: {' '.join(means)}")

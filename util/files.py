@@ -50,7 +50,7 @@ def load(path, wanted="restore it, or use another", absent=None):
 
 
 def read_log(path, cut=False):
-    """A search's log, a line of JSON per candidate -> {number: entry} in the file's order; {} if none exists.
+    """A search's log, a line of JSON per candidate -> {number: entry} in order; {} if there is no file.
 
     An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
     the file. Raises InputError for any other bad line, and for two lines of one candidate."""
@@ -70,4 +70,4 @@ def read_log(path, cut=False):
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path}: line {number} is not a candidate's, or the second of one; restore the "
                              "file or use another --run") from None
-    return log
+    return dict(sorted(log.items()))         # several processes write in any order
