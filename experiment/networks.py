@@ -32,10 +32,8 @@ def cell_of(argument):
         raise InputError(f"argument --cell: invalid choice: {argument[:60]!r} ({error}); it takes "
                          f"{', '.join(KNOWN)}, a JSON file of a genotype, a checkpoint of a cell, or a "
                          "genotype as it is printed; NAME=GENOTYPE names its row") from None
-    names = {genotype: name for name, genotype in KNOWN.items()}
-    if genotype not in names:
-        names[genotype] = f"custom-{hashlib.sha256(genotype.to_json().encode()).hexdigest()[:6]}"
-    return name or names[genotype], genotype
+    known = {genotype: name for name, genotype in KNOWN.items()}.get(genotype)
+    return name or known or f"custom-{hashlib.sha256(genotype.to_json().encode()).hexdigest()[:6]}", genotype
 
 
 def cell_texts(arguments):
