@@ -26,15 +26,13 @@ def has_bf16(device):
 def tf32(allowed):
     """A context that allows or forbids TF32, in which a GPU rounds the factors of float32 convolutions and
     matrix products to 10 bits. Allowed in training, not in evaluation."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = allowed
     try:
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def keep_freed_memory():
