@@ -99,41 +99,34 @@ class Network(typing.NamedTuple):
         return self.genotype in (None, DECODER) or not self.past
 
 
-def found(run, strategy):
-    """The networks with cells that a search has found."""
-    _, kind, title = SEARCHES[strategy]
-    order, chosen = ranked(run, strategy), []
-    for genotype, name in numbered(run, kind, order[:run.recipe.cells]).items():
-        chosen.append(Network(name, f"{name}, {title}", genotype))
-        looks_back = set(genotype.inputs()) & {0, 1}              # layer4 or dec of the previous frame
-        if genotype == order[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
-            chosen.append(Network(f"{name}-without-past", f"{name} without the past", genotype, past=False))
-    if run.recipe.median_cell and strategy == "random":
-        for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
-            chosen.append(Network(name, "random search's median cell", genotype))
-    return chosen
+def found(run):
+    """Yields the networks with cells that the searches have found."""
+    for strategy in strategies(run.recipe):
+        (_, kind, title), order = SEARCHES[strategy], ranked(run, strategy)
+        for genotype, name in numbered(run, kind, order[:run.recipe.cells]).items():
+            yield Network(name, f"{name}, {title}", genotype)
+            looks_back = set(genotype.inputs()) & {0, 1}          # layer4 or dec of the previous frame
+            if genotype == order[0] and looks_back and strategy == "ppo" and run.recipe.without_past:
+                yield Network(f"{name}-without-past", f"{name} without the past", genotype, past=False)
+        if run.recipe.median_cell and strategy == "random":
+            for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
+                yield Network(name, "random search's median cell", genotype)
 
 
 def named(run):
-    """The networks with the cells that --cell names. Raises InputError if one of the names belongs to
-    another cell in the run's folder."""
-    chosen = []
+    """Yields the networks of --cell. Raises InputError if the folder has another cell of one of the names."""
     for name, genotype in map(cell_of, run.recipe.cell):
         title = "the static decoder as the cell" if name == DECODER else name
         title += " (reconstructed)" * bool(re.fullmatch(r"cell\d", name))         # a cell of the paper's
-        chosen.append(Network(f"cell-{name}", title, genotype))
+        yield Network(f"cell-{name}", title, genotype)
         if trained(run, f"cell-{name}") not in (None, genotype):
             raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} holds another cell of this name; "
                              "choose another one")
-    return chosen
 
 
 def networks(run):
     """The networks that finetune trains and evaluate scores, in the table's order, each seed after the other.
     Rank 0 decides for all processes."""
-    def chosen():
-        cells = sum((found(run, strategy) for strategy in strategies(run.recipe)), [])
-        return [Network("baseline", "baseline, fine-tuned"), *cells, *named(run)]
-
+    chosen = run.first(lambda: [Network("baseline", "baseline, fine-tuned"), *found(run), *named(run)])
     return [network._replace(name=f"{network.name}-seed{seed}" if seed else network.name, seed=seed)
-            for network in run.first(chosen) for seed in range(run.recipe.seeds)]
+            for network in chosen for seed in range(run.recipe.seeds)]

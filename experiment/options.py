@@ -201,7 +201,7 @@ def check_folder(run):
     for name, _, _ in SEARCHES.values():     # a log has no recipe of its own
         if run.path(name).exists() and run.path("recipe.json").exists():
             check_recipe(run.path(name), load(run.path("recipe.json"))["recipe"], run.recipe)
-    named(run)                               # does --cell give a name that another cell has?
+    list(named(run))                         # does --cell give a name that another cell has?
 
 
 @contextlib.contextmanager
