@@ -68,10 +68,8 @@ def ranked(run, strategy):
 
 def trained(run, name):
     """The Genotype or DECODER of a cell that was trained under this name, or None."""
-    for path in (run.path(f"{name}.pt"), run.path(f"{name}-alone.pt")):
-        if path.exists():
-            text = load(path)["genotype"]
-            return text if text == DECODER else Genotype(text)
+    if saved := load(run.path(f"{name}.pt"), absent={}) or load(run.path(f"{name}-alone.pt"), absent={}):
+        return DECODER if saved["genotype"] == DECODER else Genotype(saved["genotype"])
 
 
 def numbered(run, kind, genotypes):
