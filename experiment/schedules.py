@@ -15,37 +15,35 @@ from util.errors import REMEDY
 from util.files import load, read_log
 from util.progress import duration
 
+# All of them do without what costs much of a step, and stop candidates by a rule for short searches.
+CPU = dict(auxiliary_cell=False, gradient_norm=0, input_pad=0, early_stop_rule="average")
+
 # short: two to two and a half hours on two cores, 8 GB. Its pre-training: the trials of docs/results.md. The
 # controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
-    auxiliary_cell=False, gradient_norm=0, loss_stride=2, class_weights=1.1,
+    CPU, loss_stride=2, class_weights=1.1,
     static_epochs=40, static_batch=8, static_crop=(384, 480), static_scale_least=1.0,
     static_optimizer="adamw", static_lr_encoder=2e-4, static_lr_decoder=8e-4, static_weight_decay=1e-2,
     static_rate="cosine", static_average=0.99, validate_every=10,
-    input_pad=0, search_strategy="both", search_candidates=16, search_epochs=2, search_batch=16,
-    early_stop_rule="average", controller_lr=3e-3, controller_rollout=4, controller_replay=0,
-    controller_epochs=4, controller_entropy=1e-3,
+    search_strategy="both", search_candidates=16, search_epochs=2, search_batch=16, controller_lr=3e-3,
+    controller_rollout=4, controller_replay=0, controller_epochs=4, controller_entropy=1e-3,
     cells=1, cell=("attention",), cell_epochs=8, cell_batch=8,
     end_epochs=3, end_lr_cell=1e-3, end_crop=(240, 320), key_frames=(0, 3))
 
 # smoke: only to see that everything runs.
 SMOKE = dict(
-    auxiliary_cell=False, gradient_norm=0,
-    static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0,
-    input_pad=0, cell_layers=2, search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2,
-    early_stop_rule="average",
+    CPU, static_epochs=1, static_batch=16, static_crop=(32, 32), validate_every=0,
+    cell_layers=2, search_candidates=4, search_epochs=1, search_batch=32, controller_rollout=2,
     cell_epochs=1, cell_batch=32, end_epochs=1, end_crop=(32, 32), key_frames=(0,))
 
 # The demo, python train.py. Its frames have 96x128 pixels; to be done in four minutes it trains on crops.
 # Mirror images would turn its camera the other way.
 DEMO = dict(
-    encoder_weights="none", auxiliary_cell=False, gradient_norm=0,
-    static_epochs=10, static_batch=16, static_crop=(96, 96), static_scale=(0.8, 1.25),
-    static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
-    input_crop=96, input_pad=0, cell_layers=3,
-    search_strategy="both", search_candidates=64, search_epochs=1, search_batch=12,
-    early_stop_rule="average", controller_lr=3e-3, controller_rollout=2, controller_replay=0,
-    controller_epochs=2, controller_entropy=1e-2,
+    CPU, encoder_weights="none", static_epochs=10, static_batch=16, static_crop=(96, 96),
+    static_scale=(0.8, 1.25), static_lr_encoder=2e-2, static_lr_decoder=2e-2, validate_every=5,
+    input_crop=96, cell_layers=3,
+    search_strategy="both", search_candidates=64, search_epochs=1, search_batch=12, controller_lr=3e-3,
+    controller_rollout=2, controller_replay=0, controller_epochs=2, controller_entropy=1e-2,
     cells=1, median_cell=True, cell=("concat",), cell_epochs=6, end_epochs=1, end_crop=(96, 96),
     end_mirrored=False, key_frames=(0,))
 
