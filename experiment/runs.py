@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import shlex
 import signal
 import sys
@@ -210,7 +209,7 @@ class Run:
     of a round, and only rank 0 writes checkpoints and reports."""
 
     def __init__(self, folder, recipe, root=None, device=None):
-        self.folder, self.recipe, self.root = pathlib.Path(folder), recipe, root
+        self.folder, self.recipe, self.root = folder, recipe, root
         self.expected, self.taken = {}, {}   # {stage: seconds}: by schedules.announce, by table.stage
         self.rank, self.world, self.sharing, self.store = 0, 1, 1, None   # sharing: processes on this device
         self._frames, self.progress, device = {}, None, device or best_device()
