@@ -188,8 +188,7 @@ def check_run(run, command):
         check_folder(run)
         begun = {"pretrain"} if run.path("static.pt").exists() else set()
         if lack := schedules.lacking(run, r, {*command.stages} - begun):
-            short = ", or take --schedule short and another --run" * (command.schedule == "paper")
-            raise InputError(lack + short)
+            raise InputError(lack + ", or --schedule short and another --run" * (command.schedule == "paper"))
 
 
 def check_folder(run):

@@ -74,8 +74,7 @@ REMEDY = {                                   # of a stage that takes too much me
 def out_of_memory(error):
     """Whether an error means out of memory. On a GPU torch has a class for it, elsewhere only a text."""
     texts = "can't allocate memory", "out of memory", "BLAS_STATUS_ALLOC_FAILED", "DNN_STATUS_ALLOC_FAILED"
-    kinds = torch.OutOfMemoryError, MemoryError
-    return isinstance(error, kinds) or any(text in str(error) for text in texts)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(x in str(error) for x in texts)
 
 
 @contextlib.contextmanager

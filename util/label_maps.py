@@ -101,8 +101,7 @@ def read_values(path, turn=True):
     """A label map -> its values, (H, W) uint8, and {value: (red, green, blue)} of those that occur if it is
     an indexed PNG, else {}. turn: upright, as its metadata say. Raises InputError for another kind."""
     image = open_image(path)
-    with open(path, "rb") as file:
-        bits = file.read(25)[24]             # of a PNG
+    bits = pathlib.Path(path).read_bytes()[24]                    # of a PNG
     # A JPEG changes the numbers, and Pillow would spread grey values of fewer bits over 0..255.
     if image.format != "PNG" or image.mode not in ("L", "P") or image.mode == "L" and bits < 8:
         raise InputError(f"{path}: is a {image.format} of mode {image.mode}, {bits} bits; save label maps as "
