@@ -1,1 +1,0 @@
-"""What a run needs and the paper does not speak of."""
