@@ -118,8 +118,7 @@ def named(run):
         title += " (reconstructed)" * bool(re.fullmatch(r"cell\d", name))         # a cell of the paper's
         yield Network(f"cell-{name}", title, genotype)
         if trained(run, f"cell-{name}") not in (None, genotype):
-            raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} holds another cell of this name; "
-                             "choose another one")
+            raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} is another cell; rename this one")
 
 
 def networks(run):

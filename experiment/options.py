@@ -88,9 +88,8 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     command.stages = [command.stage] if command.stage else list(stages)
     folder = None if command.stage == "predict" else folder_of(command.run, Recipe)
     dataset = given.get("dataset", folder["recipe"].dataset if folder else "synthetic")
-    if folder and dataset != folder["recipe"].dataset:
-        raise InputError(f"--dataset {dataset}: {command.run} is a run on {folder['recipe'].dataset}; use "
-                         "another --run")
+    if folder and dataset != (made := folder["recipe"].dataset):
+        raise InputError(f"--dataset {dataset}: {command.run} is a run on {made}; use another --run")
     if folder and command.schedule in (None, folder["schedule"]):
         command.schedule, command.recipe = folder["schedule"], dataclasses.replace(folder["recipe"], **given)
     else:

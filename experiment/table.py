@@ -54,8 +54,7 @@ def stage(run, name, stages):
     """A context for a stage. Yields whether anything is to be done; prints the stage's number and its time,
     draws its figures, and says what can be done next. Raises InputError if an earlier stage is missing."""
     if name in NEEDS and not run.finished(NEEDS[name]):
-        raise InputError(f"{run.path(NEEDS[name])}.pt: is not there or not finished, and --stage {name} "
-                         "needs it; run the earlier stages first")
+        raise InputError(f"{run.path(NEEDS[name])}.pt: is not finished; run the stages before {name} first")
     start, missing, number = time.time(), not done(run, name), stages.index(name) + 1
     if missing:
         Progress.stage = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
@@ -251,7 +250,6 @@ def print_end(run):
             means = [f"{statistics.mean(rewards[k * size:(k + 1) * size]):.2f}" for k in range(4)]
             print(f"mean reward of {title}'s candidates, {size} at a time: {' '.join(means)}")
     if run.recipe.static == "none" and run.recipe.static_epochs < 5:
-        print("\nThese numbers mean nothing: the run only shows that everything works "
-              f"(--static-epochs {run.recipe.static_epochs}).")
+        print(f"\nThese numbers mean nothing, but all works (--static-epochs {run.recipe.static_epochs}).")
     print(f"\nThe figures are in {run.path('figures')}. To segment a video of your own:\n    python train.py "
           f"--stage predict --run {shlex.quote(str(run.folder))} --input FRAMES_DIR_OR_GIF --output OUT")
