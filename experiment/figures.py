@@ -2,8 +2,7 @@
 
     python -m experiment.figures RUN       draws every figure whose input is there into RUN/figures
 
-curve-pretrain, fig3-rewards, fig4-sampling, curve-finetune, fig7-cell-K, fig5-examples, tables3-4-miou
-"""
+curve-pretrain, fig3-rewards, fig4-sampling, curve-finetune, fig7-cell-K, fig5-examples, tables3-4-miou"""
 import argparse
 import itertools
 import math
@@ -83,8 +82,7 @@ def sampling(log):
 
 
 def table(results):
-    """The mIoU of Table 3 (CamVid) or 4 (CityScapes) as a picture, from the content of results.json. Of
-    several key-frame intervals the first is drawn."""
+    """The mIoU of Table 3 (CamVid) or 4 (CityScapes) as a picture, at the first key-frame interval."""
     split, lines, intervals = results["reported"], {}, {}
     for row in results["rows"]:
         title, miou = row["title"], row[split]["miou"]    # None: no frame of the split has labels
@@ -117,8 +115,7 @@ def examples(saved):
 
 def cell(genotype, title):
     """Fig. 7: a cell as a wiring diagram. A row reads as a layer's tokens do: two locations, two operations,
-    an aggregation. A dot joins lines; lines that cross without one don't touch. What no later layer samples
-    leaves to the right, for the output (Sect. 3.2)."""
+    an aggregation. Lines join at dots only. What no later layer samples leaves to the right (Sect. 3.2)."""
     wire = [76 + 110 * k for k in range(len(INPUTS))]     # x of each pool position's vertical line
     wire += [wire[-1] + 66 + 14 * k for k in range(len(genotype))]
     left, bottom = wire[-1] + 24, 130 + 108 * len(genotype)       # left: of the operations

@@ -37,8 +37,7 @@ def cell_of(argument):
 
 
 def cell_texts(arguments):
-    """The arguments of --cell as a recipe keeps them, each once: with genotypes, not files, which may move.
-    Raises InputError if two cells have the same name."""
+    """The arguments of --cell as a recipe keeps them, each once: genotypes, not files, which may move."""
     cells, texts = dict(KNOWN), []
     for name, genotype in map(cell_of, arguments):
         if cells.setdefault(name, genotype) != genotype:
@@ -116,9 +115,9 @@ def named(run):
     for name, genotype in map(cell_of, run.recipe.cell):
         title = "the static decoder as the cell" if name == DECODER else name
         title += " (reconstructed)" * bool(re.fullmatch(r"cell\d", name))         # a cell of the paper's
-        yield Network(f"cell-{name}", title, genotype)
         if trained(run, f"cell-{name}") not in (None, genotype):
             raise InputError(f"--cell {name}: {run.path(f'cell-{name}.pt')} is another cell; rename this one")
+        yield Network(f"cell-{name}", title, genotype)
 
 
 def networks(run):

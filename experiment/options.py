@@ -1,5 +1,4 @@
-"""The command line: one flag per field of the recipe; what a call does not say is what the run's folder has.
-All values are checked before any work."""
+"""The command line: a flag for each field of the recipe. What a call omits is what the run's folder has."""
 import argparse
 import contextlib
 import dataclasses
@@ -72,8 +71,7 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     """The command line -> a namespace with its flags, the run's folder, its recipe, schedule and data folder,
     and the stages to do. Raises InputError naming a flag that can't work.
 
-    What is not given is taken from the folder's recipe.json. A first call decides: the paper's schedule where
-    there is a GPU, else short."""
+    What is not given is the folder's. A new run takes the paper's schedule if there is a GPU, else short."""
     command = parser_for(Recipe, stages, description).parse_args(arguments)
     command.given = given = {field.name: getattr(command, field.name) for field in dataclasses.fields(Recipe)
                              if hasattr(command, field.name)}
@@ -191,8 +189,7 @@ def check_run(run, command):
 
 
 def check_folder(run):
-    """Raises InputError if a file in the run's folder was made with another recipe, naming the file and the
-    fields."""
+    """Raises InputError naming a file of the folder that was made with another recipe, and the fields."""
     for path in sorted(run.folder.glob("*.pt"), key=lambda path: (STAGES.index(stage_of(path)), path)):
         if path.name != "examples.pt":
             run.checkpoint(path.stem)
@@ -212,8 +209,11 @@ def open_run(command, recipe_for):
     run.first(lambda: check_run(run, command))
     if run.device.type == "cpu":
         limit_memory()
-    with contextlib.nullcontext() if command.network else locked(run):        # it leaves the folder as it is
-        if run.rank == 0 and not command.network:
+    if command.network:                      # the folder stays as it is
+        yield run
+        return
+    with locked(run):
+        if run.rank == 0:
             save(run.path("recipe.json"), {"schedule": command.schedule, "data": command.data,
                                            "recipe": dataclasses.asdict(run.recipe)})
             schedules.announce(run, command, recipe_for)

@@ -30,8 +30,7 @@ Video = collections.namedtuple("Video", "names durations size read since")
 
 
 def open_video(source):
-    """A folder of frames, an animated GIF, WebP or APNG, or one image -> Video. Every frame is checked.
-    Raises InputError naming all that can't be used."""
+    """A folder of frames, a GIF, WebP or APNG, or an image -> Video. Raises InputError naming what is bad."""
     path = pathlib.Path(source)
     if path.is_dir():
         return open_folder(path)

@@ -1,6 +1,5 @@
 """A run's folder: a run that was killed at any point continues from it, to the same numbers. torchrun's
-processes share the folder. Nothing here is in the paper; the head of train.py lists what it uses of it.
-"""
+processes share the folder. Nothing here is in the paper; the head of train.py lists what it uses of it."""
 import contextlib
 import dataclasses
 import datetime
@@ -73,8 +72,7 @@ def check_recipe(path, saved, recipe):
 # ---- trainings --------------------------------------------------------------------------------------------
 
 def generator(*key):
-    """A random generator for a key (seed, purpose, ...). Different keys give independent random numbers, so
-    no stage's draws depend on another stage."""
+    """A random generator for a key (seed, purpose, ...). Different keys give independent random numbers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -92,8 +90,8 @@ def check_finite(losses, where):
 
 
 def batches(items, size, rng):
-    """The numbers 0..items-1, shuffled, in batches. [ours] A smaller last batch is dropped, as its batch
-    norms would be noisier."""
+    """The numbers 0..items-1, shuffled, in batches. [ours] A smaller last one, with noisier batch norms, is
+    dropped."""
     size = min(size, items)
     return torch.randperm(items, generator=rng)[:items // size * size].split(size)
 
@@ -109,8 +107,7 @@ def average_gradients(optimizers):
 
 
 class Epoch:
-    """One epoch of a training. All its random choices come from (seed, name, index), so an interrupted
-    epoch can be repeated exactly."""
+    """One epoch of a training. Its random choices come from (seed, name, index), so it can be repeated."""
 
     def __init__(self, run, name, index, count):
         self.run, self.name, self.index, self.count = run, name, index, count
@@ -119,8 +116,7 @@ class Epoch:
         self.last, self.step = index + 1 == count, 0              # step: of the whole training
 
     def batches(self, items, size):
-        """Yields this process's part of each batch of 0..items-1, and the share of the whole training that
-        is done before it."""
+        """Yields this process's part of each batch of 0..items-1, and the share of the training behind it."""
         run, key = self.run, (self.run.recipe.seed, self.name, self.index)
         shuffled = batches(items, size, self.rng)
         if run.rank:                                              # the same batches, different augmentation
@@ -242,8 +238,7 @@ class Run:
             dist.barrier()
 
     def first(self, work):
-        """What work() returns in rank 0, in every process. A mistake of the user that it finds ends all of
-        them, and rank 0 reports it."""
+        """What work() returns in rank 0, in every process. A user's mistake ends all; rank 0 reports it."""
         try:
             box = [work() if self.rank == 0 else None]
         except (InputError, OSError) as error:
@@ -274,8 +269,7 @@ class Run:
         return dataset.read(dataset.clips[0][0])[1].shape
 
     def autocast(self):
-        """Autocast to bf16 if the device supports it. It needs channels_last: otherwise a depthwise
-        convolution on a CPU is 20 times slower."""
+        """To bf16, if the device has it. Without channels_last a depthwise convolution is 20 times slower."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
     def to_device(self, module):

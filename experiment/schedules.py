@@ -1,6 +1,5 @@
-"""Schedules of our own, in place of the paper's: a GPU's work cut to a CPU's, and the synthetic videos'. Each
-says what differs from the defaults in train.py, which are the paper's for CamVid. And how long and how much
-memory a recipe takes."""
+"""Schedules of our own: a GPU's work cut to a CPU's, and the synthetic videos'. Each says what differs from
+the defaults in train.py, the paper's for CamVid. And how long a recipe takes, and how much memory."""
 import math
 import shlex
 
@@ -108,8 +107,7 @@ def seconds_of(run, stages):
 
 
 def announce(run, command, recipe_for):
-    """Prints about how long a run's stages take here, and how to have the other schedule. Sets run.expected,
-    {stage: seconds} of this command's stages."""
+    """Prints how long this command's stages take (run.expected), and the flag of the other schedule."""
     speed, size = seconds_per_pixel(run) / run.world, run.frame_size()
     run.expected = {stage: START + speed * pixels
                     for stage, pixels in pixels_of(run).items() if stage in command.stages}

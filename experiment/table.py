@@ -116,7 +116,7 @@ class Table:
         fields = {name: getattr(run.recipe, name) for name in fields_of(run.recipe, "end")}
         self.recipe = json.loads(json.dumps(fields))              # tuples become lists, as in a file
         saved = load(self.path, absent={})
-        same = saved.get("recipe") == self.recipe                 # else of other networks: they are scored again
+        same = saved.get("recipe") == self.recipe                 # else the networks are scored again
         self.rows, self.finished = saved["rows"] if same else [], "best" in saved
 
     def missing(self):
@@ -145,8 +145,7 @@ class Table:
 
 
 def new_row(run, network, every, costs, scores):
-    """A row of the table. scores: {split: what evaluate_video returns}; JSON lacks NaN, so None stands for
-    what was not measured."""
+    """A row. scores: {split: what evaluate_video returns}. JSON has no NaN: None is what was not measured."""
     def known(values):
         return {name: None if value != value else value for name, value in values.items()}
     row = {"name": network.name, "title": network.title, "seed": network.seed, "control": network.control,
@@ -178,9 +177,7 @@ def evaluate_network(run, path, evaluate_video, enlarge=0):
 
 def differing_frames(frames, baseline, cell, cell_name):
     """The rows of Figs. 5 and 6: of each quarter of the split the frame in which the two networks' label maps
-    differ in the largest share of labelled pixels. [ours]
-
-    baseline, cell: iterators over (frame number, label map, label)."""
+    differ in the largest share of labelled pixels [ours]. Both yield (frame number, label map, label)."""
     best, quarter = {}, math.ceil(len(frames.list) / 4)           # {quarter: (share, frame, its two maps)}
     for k, b, label in cell:
         if frames.list[k].label is not None:                      # the baseline leaves out the others

@@ -20,8 +20,7 @@ font = functools.lru_cache(ImageFont.load_default)
 
 
 def colourise(labels, palette, ignored=0):
-    """(H, W) uint8 labels -> (H, W, 3) uint8. Ignored pixels are black, or have another grey value: white is
-    unlike most classes' colours."""
+    """(H, W) uint8 labels -> (H, W, 3) uint8. Ignored pixels are black, or have another grey value."""
     colours = np.zeros((256, 3), np.uint8)
     colours[:len(palette)], colours[IGNORE] = palette, ignored
     return colours[np.asarray(labels)]
@@ -47,8 +46,7 @@ def save_png(path, image):
 
 
 class Canvas:
-    """A white picture to draw on. Coordinates are pixels of the finished picture, y downwards. `height` may
-    be lowered before it is finished."""
+    """A white picture to draw on, in pixels of the finished one, y downwards. `height` may be lowered."""
 
     def __init__(self, width, height):
         self.width, self.height = width, height
@@ -78,8 +76,7 @@ class Canvas:
                                  colour, 2 * ZOOM)
 
     def class_legend(self, y, classes, palette):
-        """Draws a swatch and a name for each class, in rows from y downwards -> the last row's y. A class has
-        its number where the font can't draw its name."""
+        """Draws swatches and names, or numbers if the font lacks these, from y downwards -> the last y."""
         names = [c if re.fullmatch("[ -~]+", c) else f"class {k}" for k, c in enumerate(classes)]
         step = 48 + 9 * max(map(len, names))
         across = max(1, (self.width - 20) // step)
@@ -91,8 +88,7 @@ class Canvas:
 
 
 def round_ticks(values, at_most=6, least=0):
-    """Ticks that enclose the values -> {value: text}. They are 1, 2 or 5 times a power of ten apart, and at
-    least `least`. Without values: 0 to 1."""
+    """Ticks that enclose the values: {value: text}, 1, 2 or 5 times a power of ten apart, `least` or more."""
     low, high = min(values, default=0), max(values, default=1)
     if high - low < 1e-6:                    # one value, or all the same
         low, high = low - 0.5, high + 0.5

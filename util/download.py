@@ -15,7 +15,7 @@ STALL_SECONDS = 15                           # a download fails if nothing arriv
 
 
 def download(url, path, remedy, sha256):
-    """Downloads a file to path, unless it exists. sha256: its first digits; remedy: the flag that avoids it."""
+    """Downloads a file to path, unless it exists. sha256: the first digits; remedy: a flag that avoids it."""
     if not path.exists():
         with downloading(url, path, remedy) as receive:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,7 @@ import time
 
 
 class Progress:
-    """One line of progress. On a terminal it is rewritten; elsewhere a line appears at the first step and
-    then every 30 seconds.
-
+    """One line of progress, rewritten on a terminal; elsewhere a line at the first step and every 30 seconds.
     total: number of all steps, 0 if unknown; done: steps that were made before."""
 
     stage = ""                               # "[2/4] " in stage 2 of a command with four stages
