@@ -132,8 +132,6 @@ def check_flags(command):
         value = getattr(command, name, None)
         if value and not works:
             raise InputError(f"{flag(name)}: does nothing here, as it needs {what}; leave it out")
-        if isinstance(value, int) and value < 0:
-            raise InputError(f"{flag(name)} {value}: must be 0 or more")
     if predict and (useless := [*command.given.keys() - {"dataset"}]):
         raise InputError(f"{flag(useless[0])}: does nothing with --stage predict; leave it out")
     if predict and not (command.input and command.output):

@@ -108,7 +108,6 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--stage search", "static.pt"), ("--stage evaluate", "baseline.pt"), ("--network static", "--network"),
     ("--stage evaluate --network x.pt --cell concat", "--cell"), ("--save-confidence", "--stage predict"),
     ("--stage evaluate --enlarge 640", "--network"), ("--stage predict", "--input and --output"),
-    ("--stage predict --input x --output y --key-frame-every -1", "--key-frame-every -1"),
     ("--stage predict --input x --output y --data z", "--data"),
 ])
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_made(tmp_path, small, line, said):
