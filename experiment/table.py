@@ -1,6 +1,5 @@
-"""The stages of a run, and the table of results: its rows, times, and what is printed.
-
-Additions to the paper: control networks, seeds, key-frame intervals, val beside test."""
+"""The stages of a run, and the table of results: its rows, times, and what is printed. Additions to the
+paper: control networks, seeds, key-frame intervals, val beside test."""
 import contextlib
 import json
 import math

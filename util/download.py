@@ -24,7 +24,6 @@ def download(url, path, remedy, sha256):
 
 def download_zip(url, folder, inside, verify, remedy):
     """Downloads a zip and unpacks it. The folder in it that matches the pattern `inside` becomes `folder`.
-
     verify(path) raises ValueError if that holds something else, so the zip itself needs no hash."""
     near = next(parent for parent in folder.absolute().parents if parent.exists())    # no disk but folder's
     with downloading(url, folder, remedy) as receive, tempfile.TemporaryDirectory(".part", dir=near) as own:

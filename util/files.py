@@ -51,7 +51,6 @@ def load(path, wanted="restore it, or use another", absent=None):
 
 def read_log(path, cut=False):
     """A search's log, a line of JSON per candidate -> {number: entry} in order; {} if there is no file.
-
     An incomplete last line (the process was killed while writing it) is ignored; cut=True removes it from
     the file. Raises InputError for any other bad line, and for two lines of one candidate."""
     if not path.exists():

@@ -7,7 +7,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 def fold_batchnorm(module):
     """A copy of the module in eval mode whose batch norms are folded into the convolutions before them.
-
     It computes the same function as module.eval(), up to rounding. A batch norm that doesn't directly
     follow an nn.Conv2d, as in Deformable, becomes a `Scale`: one multiply-add per value. One without running
     statistics stays: it normalises each batch by itself, also in eval mode."""

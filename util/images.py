@@ -58,7 +58,6 @@ def read_image(path, formats=FORMATS, turn=True):
 def read_all(read, frames, keep=True, problems=(), show=lambda done, total: None):
     """read(frame), a tuple of arrays (H, W, ...), for all frames, with threads -> the arrays of all frames
     stacked, (N, H, W, ...) each, and the frames' size (H, W). keep=False: checks them only, () for arrays.
-
     Raises InputError: `problems`, bad files, sizes unlike most. show(done, total) is called after each."""
     problems, sizes, kept = [*problems], {}, []
 

@@ -14,7 +14,6 @@ NEAR = 16                                    # two colours whose channels differ
 
 def ids(table):
     """The meaning of a label map's values -> (256,) array, the class of each value; -1: must not occur.
-
     table: a dict {value: class}, pairs (value, class), of which later ones count, or a list whose entry k is
     the class of value k. Class 255 is ignored. Raises ValueError, TypeError or LookupError."""
     given, meaning = np.array(list(table.items() if isinstance(table, dict) else table)), np.full(256, -1)
@@ -48,7 +47,6 @@ def normal_form(dataset, name):
 
 class Reader:
     """Reads the images and label maps of one split of a dataset in normal form, by one rule for all.
-
     They are turned upright where their metadata ask for it: unless the first label map whose image asks for
     it doesn't ask itself and has the size of the image as stored."""
 
