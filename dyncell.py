@@ -93,7 +93,6 @@ class MobileNetV2(nn.Module):
 class StaticNetwork(nn.Module):
     """What every static network has. Sect. 3.1: the method "is not directly tied to a concrete architecture".
     Another network is a subclass with an entry in STATICS. It defines
-
     name        its key in STATICS; a checkpoint holds it
     channels    widths of layer1 (1/4 of the image), layer2 (1/8), layer3 (1/16), layer4 (1/32)
     width       channels of dec; [ours] the nodes of its cells have as many
@@ -423,7 +422,6 @@ class VideoSegmenter(nn.Module):
 
     So dec of frame 0 is the static decoder's, and from then on the cell's own output goes in again. cell=None
     is the per-frame baseline: every frame is a key frame.
-
     [ours] `segment` and `probabilities` pad sides of less than `pad` pixels, as training does (Sect. 4.1:
     480x360 to 480x400 for CamVid), and enlarge a frame whose longer side is less than `enlarge` pixels, as
     thin things are lost in small frames. `load` sets .classes, list of names, and .palette, (C, 3) uint8."""

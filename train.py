@@ -46,7 +46,6 @@ def field(stage, default, help, least=None, below=math.inf, choices=None):
 @dataclasses.dataclass
 class Recipe:
     """The defaults are the paper's for CamVid. [ours]: the paper does not say; [18]: its ancestor's code.
-
     A result depends on the fields of its own stage and of the stages before it, and on nothing else. The
     fields of "amount" say how much is made: what is missing is added, what is there stays."""
 
@@ -124,14 +123,10 @@ class Recipe:
 
 # Each schedule lists what differs from Recipe's defaults. short and smoke, made for a CPU, and those of the
 # synthetic videos, which a call without --dataset takes, are in experiment/schedules.py.
-SCHEDULES = {
-    ("camvid", "paper"): {},
-    ("cityscapes", "paper"): dict(
-        static_epochs=1000, static_batch=28, static_crop=(800, 800), validate_every=50,
-        sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0, cell_layers=4,
-        search_epochs=10, cell_epochs=200, end_epochs=200, end_crop=(769, 769), key_frames=(0,)),
-    **schedules.SCHEDULES,
-}
+SCHEDULES = {**schedules.SCHEDULES, ("camvid", "paper"): {}, ("cityscapes", "paper"): dict(
+    static_epochs=1000, static_batch=28, static_crop=(800, 800), validate_every=50,
+    sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0, cell_layers=4,
+    search_epochs=10, cell_epochs=200, end_epochs=200, end_crop=(769, 769), key_frames=(0,))}
 
 
 def recipe_for(dataset, schedule, **changes):
@@ -199,9 +194,8 @@ def static_optimizers(model, r):
 def pretrain(run):
     """Sect. 6: the static network on single labelled images, scaled, cropped or zero-padded, and mirrored at
     random (data.augment). The loss is CE(pred) + 0.3 * the sum over blocks of CE(auxiliary)."""
-    r, frames = run.recipe, run.frames("train")
+    r, frames, weight = run.recipe, run.frames("train"), class_weights(run)
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
-    weight = class_weights(run)
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = STATICS[r.static_network](run.num_classes, "cell" if r.auxiliary_cell else "classifier")
     if not run.path("static.pt").exists():                        # else it holds the encoder
@@ -266,7 +260,6 @@ def static_outputs(run, static, windows, transformed=True):
 class FeatureCache:
     """The maps of some frames. numbers (n,): the frames, ascending; maps: features (n, C, h, w) in half
     precision and labels (n, H, W) uint8; crop: side of the square to which a sequence is cropped at random.
-
     [ours] Whole frames are stored, and their features cropped in steps of 32 pixels (layer4's stride): so a
     crop's features have seen what lies around it."""
 
@@ -376,7 +369,6 @@ def search(run):
 
 def explore(run, strategy, log, static, meta_train, meta_val):
     """The controller samples cells, each is trained and scored, the scores train the controller; and again.
-
     The log decides. A search that was killed goes through this loop from candidate 0 again: the same
     draws, the logged rewards, so the same updates. Only what the log lacks is trained. torchrun's processes
     share the candidates of a round, and all make the same update."""
@@ -466,8 +458,8 @@ def finetune_end_to_end(run, network):
                 logits = list(video(images).unbind(dim=1))        # (B, T, 3, h, w) -> T of (B, C, h/8, w/8)
                 if video.cell is not None and (labels[:, 0] == data.IGNORE).all():
                     logits[0], labels[:, 0] = video.static(images[:, -1]), labels[:, -1]
-            loss = sum(cross_entropy(pred, labels[:, t], r.loss_stride, weight)
-                       for t, pred in enumerate(logits))
+            loss = sum(cross_entropy(pred, label, r.loss_stride, weight)
+                       for pred, label in zip(logits, labels.unbind(dim=1)))
             update(loss, optimizers, (1 - done) ** r.poly_power, run.world)
             epoch.log(loss)
 

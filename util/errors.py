@@ -9,7 +9,6 @@ import torch
 
 class InputError(ValueError):
     """A mistake in the user's input. The message is one line that names the file or flag and the remedy.
-
     A dataset may have many problems: InputError(*lines) gives their number and shows the first ten."""
 
     def __str__(self):
