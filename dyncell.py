@@ -82,8 +82,7 @@ class MobileNetV2(nn.Module):
         return tuple(taps)
 
     def load_imagenet(self, state):
-        """[ours] Loads torchvision's state dict, without its head (features.18 and the classifier). Raises
-        RuntimeError naming the keys when they are not torchvision's."""
+        """[ours] Loads torchvision's state dict without its head. Raises RuntimeError naming unknown keys."""
         head = "features.18.", "classifier."
         self.load_state_dict({key: value for key, value in state.items() if not key.startswith(head)})
 
@@ -528,8 +527,7 @@ def print_table_5(device, camvid=(360, 480), cityscapes=(1024, 2048)):
     """Prints Table 5 for frames of (height, width): the encoder, static networks, cells on a later frame."""
     print(f"Table 5: one frame, float32, device {device}, {torch.get_num_threads()} threads, batch norms "
           "folded. 'arch2 + ...':\na later frame. cell0 to cell3 are reconstructions. Times are medians.")
-    some = "propagate", "cell2", "cell3"
-    tables = ("CamVid", camvid, 11, CELLS, 9), ("CityScapes", cityscapes, 19, some, 3)
+    tables = ("CamVid", camvid, 11, CELLS, 9), ("CityScapes", cityscapes, 19, ["cell2", "cell3"], 3)
     for title, size, C, cells, repeats in tables:
         image = torch.randn(1, 3, *size, device=device).to(memory_format=torch.channels_last)
         statics, calls = {name: network(C) for name, network in STATICS.items()}, {}
