@@ -17,7 +17,7 @@ from util.progress import duration
 # All of them do without what costs much of a step, and stop candidates by a rule for short searches.
 CPU = dict(auxiliary_cell=False, gradient_norm=0, input_pad=0, early_stop_rule="average")
 
-# short: two to two and a half hours on two cores, 8 GB. Its pre-training: the trials of docs/results.md. The
+# short: 100 minutes on two cores of a Xeon, 4 GB. Its pre-training: the trials of docs/results.md. The
 # controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
 SHORT = dict(
     CPU, loss_stride=2, class_weights=1.1,
