@@ -217,8 +217,9 @@ def open_run(command, recipe_for):
             schedules.announce(run, command, recipe_for)
         try:
             yield run
-        except SystemExit:                   # of run_main, at Ctrl-C and SIGTERM
-            print("the same command continues", file=sys.stderr)
+        except SystemExit as ended:
+            if ended.code > 128:             # of run_main, at Ctrl-C and SIGTERM; 2: a mistake in rank 0
+                print("the same command continues", file=sys.stderr)
             raise
     if run.store:
         dist.destroy_process_group()

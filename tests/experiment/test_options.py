@@ -149,6 +149,14 @@ def test_the_schedule_is_said_before_a_download_fails(tmp_path, monkeypatch, cap
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("code, said", [(130, "the same command continues\n"), (2, "")])
+def test_a_stopped_run_says_that_it_continues_and_a_mistake_does_not(small, tmp_path, capsys, code, said):
+    command = parse("--schedule", "smoke", "--run", str(tmp_path / "run"), "--device", "cpu")
+    with pytest.raises(SystemExit), options.open_run(command, recipe_for):
+        raise SystemExit(code)
+    assert capsys.readouterr().err == said
+
+
 def test_out_of_memory_is_told_with_the_flags_that_help(small, tmp_path, monkeypatch):
     def forward(*_):
         raise MemoryError
