@@ -138,11 +138,11 @@ class PPO:
     now than when it was sampled; its advantage A says how much better than expected its reward was. PPO
     maximises  mean min(r A, clip(r, 1 - eps, 1 + eps) A) + w H,  where H is the policy's entropy.
 
-    The defaults are [ours]. [18]'s code, at the paper's rate of 1e-4 (Sect. 4.1), is replay=100,
-    learning_rate=1e-4, epochs=1, entropy_weight=0 with one sample per update: every update takes one step on
-    each of the last 100 samples, in an order that `seed` draws. The defaults take about a hundredth of those
-    steps. docs/ppo.md measures both on `planted_reward`; for a problem of your own, read "Which settings?"
-    there. Raises ValueError when a setting is out of range."""
+    clip, baseline_decay and max_grad_norm are [18]'s, the other defaults [ours]. [18]'s code, at the paper's
+    rate of 1e-4 (Sect. 4.1), is replay=100, learning_rate=1e-4, epochs=1, entropy_weight=0 with one sample
+    per update: each takes one step on each of the last 100 samples, in an order that `seed` draws. With four
+    samples per update the defaults take a hundredth of those steps. docs/ppo.md measures both on
+    `planted_reward` ("Which settings?": for your own problem). Raises ValueError if one is out of range."""
 
     def __init__(self, controller, learning_rate=3e-3, clip=0.1, baseline_decay=0.95, epochs=4,
                  entropy_weight=1e-3, max_grad_norm=2.0, replay=0, seed=0):
@@ -336,7 +336,7 @@ def planted_reward(controller, seed=0, noise=0.03):
 
 def search(seed, samples, rollout):
     """Searches for a planted genotype with PPO, and with random search. Returns the noise-free rewards of
-    both, (samples,) each, and the policy's entropy, (updates,)."""
+    both, (samples,) each (PPO: up to whole rollouts), and the policy's entropy, (updates,)."""
     generator = torch.Generator().manual_seed(seed)
     controller = Controller(5, generator=generator)
     ppo = PPO(controller)

@@ -291,7 +291,7 @@ class Affine(Aggregation):
     def combine(self, x, y):
         weight, bias = self.theta.weight, self.theta.bias
         kind = torch.promote_types(weight.dtype, torch.float32)       # positions need float32
-        # and matrix products for them float64 on a GPU, which may round factors in float32 to 11 bits (TF32)
+        # and matrix products for them float64 on a GPU, which may round factors in float32 to 10 bits (TF32)
         exact = torch.float64 if x.device.type == "cuda" else kind
         with torch.autocast(x.device.type, enabled=False):
             means = torch.cat((x.mean((2, 3)), y.mean((2, 3))), dim=1).to(exact)        # (B, 2C)
