@@ -505,12 +505,16 @@ class Frames:
         arrays = (torch.from_numpy(array).to(self.device) for array in arrays)            # (N, H, W, ...)
         return tuple(array.reshape(*index.shape, *array.shape[1:]) for array in arrays)
 
-    @functools.cached_property
-    def shares(self):
-        """(C,): each class's share of the labelled pixels."""
-        counts = sum(self[k][1].flatten().bincount(minlength=256) for k in range(len(self.list)))
-        counts = counts[:len(self.dataset.classes)]
-        return counts / counts.sum()
+    @functools.cache
+    def class_weights(self, K):
+        """[ours] (C,): w = 1 / log(K + p), as in ENet (Paszke et al., 2016), p being a class's share of the
+        labelled pixels; scaled to a mean of 1 over these pixels. None, all 1, where K is 0."""
+        if K:
+            counts = sum(self[k][1].flatten().bincount(minlength=256) for k in range(len(self.list)))
+            counts = counts[:len(self.dataset.classes)]
+            p = counts / counts.sum()                     # (C,)
+            w = 1 / torch.log(K + p)
+            return w / (w * p).sum()
 
     def windows(self, length):
         """The windows of `sequences` as frame numbers, (N, length)."""
@@ -570,13 +574,11 @@ def main(arguments=None):
     import argparse
 
     parser = argparse.ArgumentParser(
-        description="Prints the clips, windows and class shares of each split of a dataset. Draws a "
-                    "contact sheet of frames, labels and class colours. Seconds; on CityScapes minutes.")
+        description="Prints the clips, windows and class shares of each split; draws a contact sheet.")
     parser.add_argument("--dataset", choices=DATASETS, default="synthetic", help="default: synthetic")
     parser.add_argument("--data", type=os.path.expanduser,        # the shell leaves the ~ of --data=~/camvid
                         help="the dataset's folder (default: data/DATASET; CamVid: downloaded if none)")
-    parser.add_argument("--output", default="contact-sheet.png",
-                        help="file of the sheet, a PNG (default: %(default)s); it is overwritten")
+    parser.add_argument("--output", default="contact-sheet.png", help="the sheet's PNG; it is overwritten")
     args = parser.parse_args(arguments)
     kind, root = dataset_class(args.dataset), args.data or f"data/{args.dataset}"
     fetch(kind, root, args.data is not None)
@@ -609,10 +611,9 @@ def describe(split, dataset):
     scores = before.scores()
     print(f"  the previous frame's labels as the prediction: mIoU {100 * scores.miou:.1f} %")
     for name, count, iou in zip(dataset.classes, counts, scores.iou):
-        share = count / counts[:IGNORE].sum()
+        share = 100 * count / counts[:IGNORE].sum()
         score = "IoU not measured" if math.isnan(iou) else f"IoU {100 * iou:3.0f} %"
-        said = f"{100 * share:5.1f} % of the pixels, {score}" if count else "never occurs"
-        print(f"    {name:15} {said}")
+        print(f"    {name:15} " + (f"{share:5.1f} % of the pixels, {score}" if count else "never occurs"))
 
 
 if __name__ == "__main__":

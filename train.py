@@ -1,8 +1,7 @@
 """The whole method: pretrain -> search -> finetune -> evaluate, each loop where the paper describes it.
 
     python train.py                                                  synthetic videos, minutes on a CPU
-    python train.py --dataset camvid --data DIR                      CamVid: the paper's recipe on a GPU
-    python train.py --dataset camvid --data DIR --schedule short     the same steps, some two hours on a CPU
+    python train.py --dataset camvid --data DIR                      CamVid; on a CPU in some two hours
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
 
 Read it from top to bottom beside the paper. The same command again continues where it stopped, to the same
@@ -60,8 +59,7 @@ class Recipe:
     static_crop: tuple[int, int] = field("pretrain", (600, 600), "Sect. 6: random crop, height and width")
     static_scale: tuple[float, float] = field("pretrain", (0.5, 2.0), "Sect. 6: random scale, from and to")
     static_scale_least: float = field("pretrain", 0.0, "[18]: smaller scales are raised to this", 0)
-    static_optimizer: str = field("pretrain", "sgd", "[ours]: sgd for both rates; sgd-adam as in [18]; adamw",
-                                  choices=("sgd", "sgd-adam", "adamw"))
+    static_optimizer: str = field("pretrain", "sgd", "[18]: sgd-adam", choices=("sgd", "sgd-adam", "adamw"))
     static_lr_encoder: float = field("pretrain", 5e-2, "Sect. 6: learning rate of the encoder")
     static_lr_decoder: float = field("pretrain", 1e-2, "Sect. 6: learning rate of the decoder")
     static_weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of pre-training", 0)
@@ -87,8 +85,7 @@ class Recipe:
     search_batch: int = field("search", 48, "Sect. 4.1: sequences a batch", 2)
     cell_lr: float = field("search", 8e-3, "Sect. 4.1, 4.2: Adam's rate for the cell (CityScapes: [ours])")
     early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
-    early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1: as done in [18]; [ours]: average, if "
-                                 "below it", choices=("as-in-18", "average"))
+    early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1 or [ours]", choices=("as-in-18", "average"))
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
     controller_clip: float = field("search", 0.1, "[18]: PPO's clip", below=1)
     controller_baseline_decay: float = field("search", 0.95, "[18]: decay of the baseline", below=1)
@@ -106,7 +103,6 @@ class Recipe:
     end_lr_cell: float = field("end", 4e-3, "Sect. 4.2: Adam's learning rate for the cell")
     end_lr_static: float = field("end", 5e-4, "Sect. 4.2: SGD's learning rate for the static network")
     end_crop: tuple[int, int] = field("end", (400, 480), "Sect. 4.2: 600 of 480x360 padded to 480x400")
-    end_scale: tuple[float, float] = field("end", (1.0, 1.0), "[ours]: random scale")
     end_mirrored: bool = field("end", True, "[18]: half of the sequences are mirror images")
 
     # how much is made
@@ -137,16 +133,6 @@ def recipe_for(dataset, schedule, **changes):
 
 # ---- what every training does -----------------------------------------------------------------------------
 
-def class_weights(run):
-    """[ours] (C,): w = 1 / log(K + p), as in ENet (Paszke et al., 2016), where p is a class's share of the
-    labelled pixels of train; scaled to a mean of 1 over these pixels. None where K is 0."""
-    if not (K := run.recipe.class_weights):
-        return None
-    p = run.frames("train").shares                                # (C,)
-    w = 1 / torch.log(K + p)
-    return w / (w * p).sum()
-
-
 def cross_entropy(logits, labels, stride, weight=None):
     """Mean over the labelled pixels; zero where there is none. logits (N, C, h, w), labels (N, H, W) uint8,
     weight (C,). [ours] Both are brought to 1/stride of the image, the logits bilinearly; or to the logits'
@@ -159,9 +145,8 @@ def cross_entropy(logits, labels, stride, weight=None):
 
 
 def update(loss, optimizers, rate, world=1, norm=0.0):
-    """One step of every optimiser, its learning rates times `rate`. Sect. 6: poly, (1 - step / steps) ** P,
-    [ours] in every later training, too. world: number of processes that share the batch; norm: the highest
-    norm of a group's gradients; 0: any."""
+    """One step of every optimiser, its learning rates times `rate` (Sect. 6: poly, [ours] also later). world:
+    number of processes that share the batch; norm: the highest norm of a group's gradients; 0: any."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])           # the first call keeps it: rate is a factor
@@ -194,7 +179,8 @@ def static_optimizers(model, r):
 def pretrain(run):
     """Sect. 6: the static network on single labelled images, scaled, cropped or zero-padded, and mirrored at
     random (data.augment). The loss is CE(pred) + 0.3 * the sum over blocks of CE(auxiliary)."""
-    r, frames, weight = run.recipe, run.frames("train"), class_weights(run)
+    r, frames = run.recipe, run.frames("train")
+    weight = frames.class_weights(r.class_weights)                # (C,), or None: all 1
     labelled = torch.tensor([k for k, frame in enumerate(frames.list) if frame.label is not None])
     torch.manual_seed(generator(r.seed, "static").initial_seed())
     model = STATICS[r.static_network](run.num_classes, "cell" if r.auxiliary_cell else "classifier")
@@ -304,7 +290,7 @@ def unroll(run, cell, frames):
 
 def cell_loss(run, cell, frames):
     """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
-    stride, weight = run.recipe.loss_stride, class_weights(run)
+    stride, weight = run.recipe.loss_stride, run.frames("train").class_weights(run.recipe.class_weights)
     return sum(cross_entropy(pred, labels, stride, weight) for pred, labels in unroll(run, cell, frames))
 
 
@@ -377,7 +363,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
     controller = Controller(r.cell_layers)
     ppo = PPO(controller, r.controller_lr, r.controller_clip, r.controller_baseline_decay,
               r.controller_epochs, r.controller_entropy, replay=r.controller_replay, seed=r.seed)
-    early_stop, figures = EarlyStop(r.early_stop_rule, decay=0.9), {}       # decay: [ours], of "average"
+    early_stop = EarlyStop(r.early_stop_rule, decay=0.9)          # decay: [ours], of "average"
     progress = Progress(f"search ({strategy})", r.search_candidates, done=len(log))
     for first in range(0, r.search_candidates, n):
         rng = generator(r.seed, "sample" if strategy == "ppo" else strategy, first)
@@ -398,10 +384,9 @@ def explore(run, strategy, log, static, meta_train, meta_val):
             log_prob = controller.log_prob(tokens)[0].detach()    # (n,) of the controller that sampled them
             reward = torch.tensor([log[k]["reward"] for k in numbers])
             failed = torch.tensor([log[k]["status"] != "ok" for k in numbers])
-            figures = ppo.update(tokens, log_prob, reward, failed)        # controller.PPO has the objective
+            ppo.update(tokens, log_prob, reward, failed)          # controller.PPO has the objective
     if strategy == "ppo":
-        run.save("controller", {}, controller=controller.state_dict(), last_update=figures,
-                 candidates=r.search_candidates)
+        run.save("controller", {}, controller=controller.state_dict(), candidates=r.search_candidates)
 
 
 # ---- Sect. 4.2: the best cells on the full training split -------------------------------------------------
@@ -410,8 +395,7 @@ def finetune(run):
     """Sect. 4.2: the two best cells and the controls (experiment/networks.py), first each cell alone, then
     all end to end. The baseline has no cell."""
     missing = [network for network in networks.networks(run) if not run.finished(network.name)]
-    cells = [network for network in missing
-             if network.genotype and not run.finished(f"{network.name}-alone")]
+    cells = [some for some in missing if some.genotype and not run.finished(f"{some.name}-alone")]
     if cells:
         finetune_cells(run, cells)
     for network in missing:                                       # no stored output is in memory any more
@@ -443,7 +427,7 @@ def finetune_end_to_end(run, network):
     term nothing would hold the static classifier to a decoder that changes. CityScapes' key frames have no
     label; there the static network's own prediction of the last frame counts instead."""
     r, frames = run.recipe, run.frames("train")
-    windows, weight = frames.windows(r.sequence_length), class_weights(run)       # (N, T), (C,)
+    windows, weight = frames.windows(r.sequence_length), frames.class_weights(r.class_weights)
     video = VideoSegmenter(run.load("static").static, run.load_cell(network))
     optimizers = [SGD(video.static.parameters(), r.end_lr_static, r.momentum, weight_decay=r.weight_decay)]
     if video.cell is not None:
@@ -453,7 +437,7 @@ def finetune_end_to_end(run, network):
         video.static.eval()
         for batch, done in epoch.batches(len(windows), r.cell_batch):
             images, labels = frames[windows[batch]]               # (B, T, H, W, 3), (B, T, H, W)
-            images, labels = data.augment(images, labels, r.end_crop, r.end_scale, r.end_mirrored, epoch.rng)
+            images, labels = data.augment(images, labels, r.end_crop, (1, 1), r.end_mirrored, epoch.rng)
             with run.autocast():
                 logits = list(video(images).unbind(dim=1))        # (B, T, 3, h, w) -> T of (B, C, h/8, w/8)
                 if video.cell is not None and (labels[:, 0] == data.IGNORE).all():
@@ -507,12 +491,8 @@ def evaluate(run):
     CityScapes: val)."""
     rows = table.Table(run)
     for network, intervals in rows.missing():                     # what no evaluation has scored before
-        video = run.load(network.name)
-        costs = table.frame_costs(run, video)
-        for every in intervals:
-            scores = {split: evaluate_video(run, network.name, video, split, every)
-                      for split in run.splits[1:]}
-            rows.add(network, every, costs, scores)
+        for row in table.rows_of(run, network, run.load(network.name), intervals, evaluate_video):
+            rows.add(row)
     rows.finish(segment_clips)
 
 
@@ -529,8 +509,7 @@ def main(arguments=None):
         return predict.predict(command)
     with options.open_run(command, recipe_for) as run:
         if command.network:                                       # --stage evaluate --network
-            return table.evaluate_network(run, predict.find_network(run.folder, command.network),
-                                          evaluate_video, command.enlarge)
+            return table.evaluate_network(run, command, evaluate_video)
         for name in command.stages:
             with table.stage(run, name, command.stages) as missing:
                 if missing:

@@ -193,8 +193,7 @@ STAGES = dict(pretrain=draw_pretrain, search=draw_search, finetune=draw_finetune
 
 
 def draw(folder, stage=None, again=True):
-    """Draws every figure whose input is in the run's folder, or those of one stage -> the paths.
-    again=False draws only missing figures. Raises InputError naming a file that can't be read."""
+    """Draws what a run's folder has the input of, all or of one stage, again or only if missing -> paths."""
     folder, written = pathlib.Path(folder), []
     for name in [stage] if stage else STAGES:
         for figure, canvas in STAGES[name](folder):

@@ -121,8 +121,7 @@ def named(run):
 
 
 def networks(run):
-    """The networks that finetune trains and evaluate scores, in the table's order, each seed after the other.
-    Rank 0 decides for all processes."""
+    """The networks of finetune and evaluate, in the table's order. Rank 0 decides for all processes."""
     chosen = run.first(lambda: [Network("baseline", "baseline, fine-tuned"), *found(run), *named(run)])
     return [network._replace(name=f"{network.name}-seed{seed}" if seed else network.name, seed=seed)
             for network in chosen for seed in range(run.recipe.seeds)]

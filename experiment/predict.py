@@ -80,8 +80,7 @@ def open_folder(folder):
     return Video(names, [100] * len(paths), size, lambda: map(read_image, paths), since)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The network, the prediction
+# ---- the network, the prediction --------------------------------------------------------------------------
 
 def find_network(run, network):
     """The path of a checkpoint. network: a name in the run's folder, camvid (comes with the project), the

@@ -90,8 +90,7 @@ def check_finite(losses, where):
 
 
 def batches(items, size, rng):
-    """The numbers 0..items-1, shuffled, in batches. [ours] A smaller last one, with noisier batch norms, is
-    dropped."""
+    """0..items-1, shuffled, in batches. [ours] A smaller last one has noisier batch norms, and is dropped."""
     size = min(size, items)
     return torch.randperm(items, generator=rng)[:items // size * size].split(size)
 

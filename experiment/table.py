@@ -15,6 +15,7 @@ import data
 from dyncell import DECODER, VideoSegmenter, fold_batchnorm
 from experiment import figures, schedules
 from experiment.networks import SEARCHES, Network, networks, strategies
+from experiment.predict import find_network
 from experiment.runs import fields_of
 from util.costs import milliseconds_in_turn, multiply_adds, parameters
 from util.device import tf32
@@ -23,7 +24,6 @@ from util.files import load, read_log, save
 from util.progress import Progress, duration
 
 NEEDS = {"search": "static", "finetune": "static", "evaluate": "baseline"}
-NEXT = {"pretrain": "search", "search": "finetune", "finetune": "evaluate"}
 
 
 def searched(run):
@@ -76,8 +76,6 @@ def stage(run, name, stages):
             print(f"{name}: drew {path}")
         if name == "evaluate":
             print_end(run)
-        elif name == stages[-1]:
-            print(f"next: the same command with --stage {NEXT[name]}")
     run.barrier()
 
 
@@ -126,8 +124,8 @@ class Table:
             rows.append((network, [every for every in intervals if (network.name, every) not in made]))
         return [row for row in rows if row[1] and self.run.rank == 0]
 
-    def add(self, network, every, costs, scores):
-        self.rows.append(new_row(self.run, network, every, costs, scores))
+    def add(self, row):
+        self.rows.append(row)
         save(self.path, {"recipe": self.recipe, "rows": self.rows})
 
     def finish(self, segment_clips):
@@ -143,34 +141,36 @@ class Table:
         save(self.path, {"recipe": self.recipe, "rows": self.rows, "best": best, "reported": split})
 
 
-def new_row(run, network, every, costs, scores):
-    """A row. scores: {split: what evaluate_video returns}. JSON has no NaN: None is what was not measured."""
+def rows_of(run, network, video, intervals, evaluate_video):
+    """Yields a row for each key-frame interval. evaluate_video: train's. None is what was not measured."""
     def known(values):
         return {name: None if value != value else value for name, value in values.items()}
-    row = {"name": network.name, "title": network.title, "seed": network.seed, "control": network.control,
-           "key_frame_every": every, "genotype": network.genotype and str(network.genotype), **costs,
-           "ms_sequence": mean_ms(costs, every, [run.recipe.sequence_length]),
-           "ms_clip": mean_ms(costs, every, list(map(len, run.frames(run.splits[-1]).clips())))}
-    for split, values in scores.items():
-        row[split] = {**known(values), "iou": known(values["iou"])}
-        if set(row[split]["iou"].values()) == {None}:             # not one labelled pixel: 0 is no score
-            row[split].update(miou=None, fwiou=None, macc=None)
-    return row
+    costs, lengths = frame_costs(run, video), list(map(len, run.frames(run.splits[-1]).clips()))
+    for every in intervals:
+        row = {"name": network.name, "title": network.title, "seed": network.seed,
+               "control": network.control, "key_frame_every": every,
+               "genotype": network.genotype and str(network.genotype), **costs,
+               "ms_sequence": mean_ms(costs, every, [run.recipe.sequence_length]),
+               "ms_clip": mean_ms(costs, every, lengths)}
+        for split in run.splits[1:]:
+            scores = known(evaluate_video(run, network.name, video, split, every))
+            row[split] = {**scores, "iou": known(scores["iou"])}
+            if set(row[split]["iou"].values()) == {None}:         # not one labelled pixel: 0 is no score
+                row[split].update(miou=None, fwiou=None, macc=None)
+        yield row
 
 
-def evaluate_network(run, path, evaluate_video, enlarge=0):
-    """Scores the network in one checkpoint on the run's data, and prints its rows; nothing is saved.
-    evaluate_video: train.evaluate_video; enlarge: VideoSegmenter's. Raises InputError."""
-    video, classes = VideoSegmenter.load(path), run.dataset("val").classes
+def evaluate_network(run, command, evaluate_video):
+    """Scores the network of --network on the run's data, and prints its rows; nothing is saved."""
+    path, classes = find_network(run.folder, command.network), run.dataset("val").classes
+    video = VideoSegmenter.load(path)
     if video.classes != classes:
         raise InputError(f"--network {path}: its classes ({', '.join(video.classes[:4])}, ...) are not those "
                          f"of {run.recipe.dataset} ({', '.join(classes[:4])}, ...)")
-    genotype, rows, video.enlarge = video.cell and getattr(video.cell, "genotype", DECODER), [], enlarge
+    genotype, video.enlarge = video.cell and getattr(video.cell, "genotype", DECODER), command.enlarge
+    network, intervals = Network(path.stem, path.stem, genotype), dict.fromkeys(run.recipe.key_frames)
     with told("evaluate", run.device), tf32(False):
-        network, costs = Network(path.stem, path.stem, genotype), frame_costs(run, run.to_device(video))
-        for every in dict.fromkeys(run.recipe.key_frames) if genotype else [1]:
-            scores = {split: evaluate_video(run, path.stem, video, split, every) for split in run.splits[1:]}
-            rows.append(new_row(run, network, every, costs, scores))
+        rows = [*rows_of(run, network, run.to_device(video), intervals if genotype else [1], evaluate_video)]
     print_table({"rows": rows, "reported": run.splits[-1]})
 
 

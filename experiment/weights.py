@@ -15,9 +15,8 @@ TAKES = {"--static": "--static takes a static.pt of this program",
 
 
 def begin(model, recipe, classes):
-    """Loads what pretraining starts from: a static network that was trained before (--static), on this
-    dataset or another, or else the encoder's weights. -> a line that says which. Raises InputError. check_run
-    calls it first, in one process and before the data is read: there ImageNet's weights are downloaded."""
+    """Loads what pretraining starts from: a static network (--static), or else the encoder's weights -> a
+    line that says which. check_run calls it first, so that one process downloads. Raises InputError."""
     flag, path, more = "--static", recipe.static, ""
     if path == "none":
         flag, path = "--encoder-weights", recipe.encoder_weights

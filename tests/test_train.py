@@ -99,12 +99,13 @@ def test_cross_entropy_against_a_naive_loop_at_each_resolution(stride, size):
 
 def test_a_rare_class_weighs_more_and_the_mean_over_pixels_is_one(run):
     """1 / log(K + p), with shares p of the labelled pixels; 0: none."""
-    assert train.class_weights(run) is None
-    run.recipe.class_weights, labels = 1.1, run.frames("train").labels
+    frames = run.frames("train")
+    assert frames.class_weights(0) is None
+    labels = frames.labels
     labels[0] = data.IGNORE
     p = np.array([(labels == k).sum().item() for k in range(6)]) / labels[1:].numel()
     expected = 1 / np.log(1.1 + p)
-    assert train.class_weights(run).tolist() == pytest.approx(expected / (expected @ p), rel=1e-5)
+    assert frames.class_weights(1.1).tolist() == pytest.approx(expected / (expected @ p), rel=1e-5)
 
 
 @pytest.mark.parametrize("norm, steps", [(0, (5, 0.5, 13)), (2, (2, 0.5, 2)), (7, (5, 0.5, 7))])
@@ -410,7 +411,7 @@ def first_step(monkeypatch, training, *arguments):
 
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train, "cross_entropy", cross_entropy)
-    monkeypatch.setattr(train, "class_weights", lambda run: class_weights)
+    monkeypatch.setattr(data.Frames, "class_weights", lambda frames, K: class_weights)
     with pytest.raises(KeyboardInterrupt):
         training(*arguments)
     return seen

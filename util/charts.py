@@ -138,8 +138,8 @@ def sheet(rows, classes, palette, width=256):
 
 
 def contact_sheet(datasets, clips=3, frames=5):
-    """{split: dataset} -> a canvas: some frames of the first clips of each split, labels below them. A
-    dataset has clips (lists of frames), read(frame) -> (image, labels), classes and palette."""
+    """{split: dataset} -> a canvas: frames of the first clips of each split, labels below them. A dataset has
+    clips, read(frame) -> (image, labels), classes and palette."""
     rows = []
     for split, dataset in datasets.items():
         for clip in dataset.clips[:clips]:

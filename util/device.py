@@ -54,11 +54,9 @@ def available(device):
     sizes, limit = [kilobytes("/proc/meminfo", "MemAvailable")], resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:                           # ulimit -v
         sizes.append(limit - kilobytes("/proc/self/status", "VmSize"))
-    for limit, used in (("memory.max", "memory.current"),         # cgroup v2, v1
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):            # no such file, or "max": no limit
-            limit, used = (int(pathlib.Path("/sys/fs/cgroup", name).read_text()) for name in (limit, used))
-            sizes.append(limit - used)
+    with contextlib.suppress(OSError, ValueError):                # cgroup v2: no such file, or "max"
+        most, used = (int(pathlib.Path(f"/sys/fs/cgroup/memory.{x}").read_text()) for x in ("max", "current"))
+        sizes.append(most - used)
     return min(sizes)
 
 

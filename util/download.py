@@ -1,5 +1,4 @@
-"""Downloads a file, or a folder that is packed as a zip, by torch.hub. The result is complete or absent, even
-if two commands download it at once: each has temporary files of its own and renames them at the end."""
+"""Downloads a file, or a folder that is packed as a zip, by torch.hub. The result is complete or absent."""
 import contextlib
 import pathlib
 import shutil
@@ -32,11 +31,8 @@ def download_zip(url, folder, inside, verify, remedy):
         found, = pathlib.Path(own).glob(inside)
         verify(found)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        if not folder.exists():              # else another command was faster
             found.rename(folder)
-        except OSError:
-            if not folder.exists():          # else another command was faster
-                raise
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Mistakes of the user, and how a script reports them: one line, exit status 2."""
 import contextlib
-import errno
 import signal
 import sys
 
@@ -46,9 +45,7 @@ def run_main(main):
         main()
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-            error = f"{error}; " + ("choose another folder (--run, --output), or make room in this one"
-                                    if full else "check this path and its permissions")
+            error = f"{error}; check this path, its permissions and the room on its disk, or take another"
         over_progress = "\r\033[K" if getattr(sys.stderr, "isatty", bool)() else ""
         print(f"{over_progress}error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -62,12 +59,11 @@ def brief(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-FRAMES = "give smaller frames, or pass --device cpu if that has more"
 REMEDY = {                                   # of a stage that takes too much memory
     "pretrain": "lower --static-batch or --static-crop",
     "search": "lower --search-batch or --input-crop",
     "finetune": "lower --cell-batch, --end-crop or --input-crop",
-    "evaluate": FRAMES, "predict": FRAMES}
+    **dict.fromkeys(("evaluate", "predict"), "give smaller frames, or pass --device cpu if that has more")}
 
 
 def out_of_memory(error):

@@ -29,9 +29,8 @@ def save(path, content):
 
 
 def load(path, wanted="restore it, or use another", absent=None):
-    """The content that save() wrote, or of a file of weights. Only tensors and plain values are loaded; no
-    code is run. Raises InputError that says what the file is, and the remedy, `wanted`. absent, if given, is
-    the content of a file that is not there."""
+    """The content that save() wrote, or of a file of weights. Only tensors and plain values are loaded, no
+    code is run. absent: the content of a missing file. Raises InputError with the remedy, `wanted`."""
     path = pathlib.Path(path)
     if absent is not None and not path.exists():
         return absent

@@ -42,14 +42,13 @@ def test_a_script_works_without_a_terminal_or_any_output(monkeypatch, written):
     assert not stream or "".join(written).splitlines() == lines
 
 
-@pytest.mark.parametrize("number, room", [(errno.ENOSPC, True), (errno.EROFS, True), (errno.EACCES, False)])
-def test_only_a_full_disk_is_told_to_make_room(capsys, number, room):
+def test_a_full_disk_is_one_line_that_names_the_file(capsys):
     def main():
-        raise OSError(number, os.strerror(number), "frames/1.png")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "frames/1.png")
 
     assert ended(main) == 2
     said = capsys.readouterr().err
-    assert "frames/1.png" in said and said.count("\n") == 1 and ("make room" in said) == room
+    assert "frames/1.png" in said and "room" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("error, expected", [
