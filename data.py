@@ -41,8 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # of I
 Frame = collections.namedtuple("Frame", "image label")    # two paths; label is None where there is none
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sequences (Sect. 4), meta-train and meta-val (Sect. 4.1)
+# ---- Sequences (Sect. 4), meta-train and meta-val (Sect. 4.1) ---------------------------------------------
 
 def sequences(clips, length):
     """Every window of `length` consecutive frames whose last one is labelled, as lists of Frame.
@@ -90,8 +89,7 @@ def meta_split(windows, share, rng):
     return train, val
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Transforms: on the device, a whole batch at once
+# ---- Transforms: on the device, a whole batch at once -----------------------------------------------------
 
 def normalise(images):
     """(..., H, W, 3) uint8 -> (..., 3, H, W) float32: (x / 255 - mean) / std, both ImageNet's."""
@@ -180,8 +178,7 @@ def pad(images, labels, shorter):
     return F.pad(images, sides), F.pad(labels, sides, value=IGNORE)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scores
+# ---- Scores -----------------------------------------------------------------------------------------------
 
 class Scores(collections.namedtuple("Scores", "iou miou fwiou macc reward")):
     """iou: one value per class, NaN for a class that does not count. All values are in 0..1. An item is
@@ -247,8 +244,7 @@ class Consistency:
         return self.right / self.all if self.all else float("nan")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Datasets
+# ---- Datasets ---------------------------------------------------------------------------------------------
 
 class Files:
     """A dataset whose frames are files: the common part of CamVid and CityScapes.
@@ -283,7 +279,11 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder}: no such folder; put the dataset there or pass --data DIR with "
                              f"{self.LAYOUT.format(split=self.split)} in it ({self.SOURCE})") from None
-        return [p for p in paths if p.name[0] != "." and p.name not in ("Thumbs.db", "desktop.ini")]
+        paths = [p for p in paths if p.name[0] != "." and p.name not in ("Thumbs.db", "desktop.ini")]
+        for path, other in zip(paths, paths[1:]):         # x.jpg, x.png: neighbours
+            if path.stem == other.stem:
+                self.problems.append(f"{path}: has the name of {other.name}; remove one of the two")
+        return paths
 
 
 class CamVid(Files):
@@ -527,8 +527,7 @@ class Frames:
         return [[self.number[frame] for frame in clip] for clip in self.dataset.clips]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# CamVid from the web
+# ---- CamVid from the web ----------------------------------------------------------------------------------
 
 # GitHub creates this archive on request and guarantees no checksum of it. So the unpacked files are
 # verified: the number and size of the frames, and one SHA-256 over the file names and values of all labels
@@ -567,8 +566,7 @@ def verify_camvid(root):
         raise InputError(f"it is not the public CamVid: {shapes}, labels {digest.hexdigest()[:8]}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# python data.py
+# ---- python data.py ---------------------------------------------------------------------------------------
 
 def main(arguments=None):
     import argparse

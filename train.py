@@ -66,7 +66,7 @@ class Recipe:
     static_rate: str = field("pretrain", "poly", "Sect. 6: poly; [ours]: cosine", choices=("poly", "cosine"))
     static_average: float = field("pretrain", 0.0, "[18]: decay of the weights' mean that is kept", 0, 1)
     momentum: float = field("pretrain", 0.9, "Sect. 4.2; pre-training: [18]. Momentum of SGD", 0, below=1)
-    weight_decay: float = field("pretrain", 1e-5, "[18]: weight decay of every later training", 0)
+    weight_decay: float = field("search", 1e-5, "[18]: weight decay of every later training", 0)
     poly_power: float = field("pretrain", 0.9, "Sect. 6: rate * (1 - step / steps) ** P; P: [ours]", 0)
     auxiliary_weight: float = field("pretrain", 0.3, "Sect. 6: weight of the auxiliary losses", 0)
     auxiliary_cell: bool = field("pretrain", True, "[18]: a contextual cell before each auxiliary classifier")

@@ -38,7 +38,7 @@ def cell_of(argument):
 
 def cell_texts(arguments):
     """The arguments of --cell as a recipe keeps them, each once: genotypes, not files, which may move."""
-    cells, texts = dict(KNOWN), []
+    cells, texts = dict(KNOWN, baseline=None), []
     for name, genotype in map(cell_of, arguments):
         if cells.setdefault(name, genotype) != genotype:
             raise InputError(f"argument --cell: {name!r} is the name of two cells; choose another one")
@@ -107,7 +107,7 @@ def found(run):
                 yield Network(f"{name}-without-past", f"{name} without the past", genotype, past=False)
         if run.recipe.median_cell and strategy == "random":
             for genotype, name in numbered(run, "random-median", [order[len(order) // 2]]).items():
-                yield Network(name, "random search's median cell", genotype)
+                yield Network(name, f"{name}, {title}", genotype)
 
 
 def named(run):

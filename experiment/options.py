@@ -127,7 +127,7 @@ def check_flags(command):
         ("network", "--stage predict or evaluate", network),
         ("enlarge", "--stage predict, or evaluate with --network", predict or network and command.network),
         ("data", "a --dataset of files, and another stage than predict", files and not predict),
-        ("cell", "a call without --network, which holds its own cell", not command.network)]
+        ("cell input_pad", "a call without --network, which has its own", not command.network)]
     for name, what, works in ((name, *more) for names, *more in needs for name in names.split()):
         value = getattr(command, name, None)
         if value and not works:
@@ -136,8 +136,6 @@ def check_flags(command):
         raise InputError(f"{flag(useless[0])}: does nothing with --stage predict; leave it out")
     if predict and not (command.input and command.output):
         raise InputError("--input and --output: needed for --stage predict")
-    if predict and not os.path.exists(command.input):
-        raise InputError(f"--input {command.input}: no such file or folder")
 
 
 def check(recipe):

@@ -140,7 +140,7 @@ def announce(path, network, video, size):
           f"{', '.join(network.classes)}")
     (H, W), parts = video.size, [*video.since].count(0)
     print(f"predict: {len(video.names)} frame(s) of {W} x {H}; clips, or parts between long gaps: {parts}")
-    if size and not 1 / 2 <= min(H, W) / min(size) <= 2:
+    if size and not 1 / 2 <= max(1, network.enlarge / max(H, W)) * min(H, W) / min(size) <= 2:
         print(f"predict: {path.stem} was trained on frames of {size[1]} x {size[0]}; resize these to that")
 
 

@@ -120,7 +120,7 @@ class Epoch:
         shuffled = batches(items, size, self.rng)
         if run.rank:                                              # the same batches, different augmentation
             self.rng = generator(*key, run.rank)
-        torch.manual_seed(generator(*key, run.rank, "dropout").initial_seed())
+        torch.manual_seed(generator(*key, run.rank, "dropout").initial_seed())     # of your own network
         total, first = self.count * len(shuffled), self.index * len(shuffled)
         run.progress = run.progress or Progress(self.name, total, done=first)
         for self.step, batch in enumerate(shuffled, start=first):
@@ -213,7 +213,8 @@ class Run:
         self.device = usable_device(device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.num_classes = len(data.dataset_class(recipe.dataset).classes)
+        self.classes = data.dataset_class(recipe.dataset).classes
+        self.num_classes = len(self.classes)
         self.splits = ("train", "val", "test")[:2 if recipe.dataset == "cityscapes" else 3]   # no test labels
 
     def join(self, device):
@@ -312,9 +313,8 @@ class Run:
                          if not (finished and key.startswith("auxiliary."))}
                   for part, module in parts.items() if not (finished and part == "average")}
         if "static" in parts:
-            kind = data.dataset_class(self.recipe.dataset)
-            more.update(network=parts["static"].name, classes=kind.classes, palette=kind.palette.tolist(),
-                        size=self.frame_size())
+            more.update(network=parts["static"].name, size=self.frame_size(), classes=self.classes,
+                        palette=data.dataset_class(self.recipe.dataset).palette.tolist())
         if "cell" in parts:
             genotype = getattr(parts["cell"], "genotype", None)   # the decoder has none
             more.update(genotype=genotype.to_json() if genotype else DECODER,
@@ -329,9 +329,9 @@ class Run:
     def checkpoint(self, name):
         """The content of NAME.pt. Raises InputError if it was made with another recipe."""
         path = self.path(f"{name}.pt")
-        saved = load(path)
-        if not isinstance(saved, dict) or "recipe" not in saved:
-            raise InputError(f"{path}: holds no result of a training; use another --run")
+        saved, ours = load(path), self.classes
+        if not isinstance(saved, dict) or "recipe" not in saved or saved.get("classes", ours) != ours:
+            raise InputError(f"{path}: holds no result of a training on these classes; use another --run")
         check_recipe(path, saved["recipe"], self.recipe)
         return saved
 

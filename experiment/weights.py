@@ -1,4 +1,4 @@
-"""Files of weights that the user gives: for the encoder, for the static network, for predict."""
+"""Files of weights that the user gives: for the encoder, and for the static network."""
 import pathlib
 
 import torch
@@ -40,6 +40,8 @@ def load_static(model, recipe, classes, content):
     """Loads recipe.static. The model keeps its own, untrained classifiers if the file has none for these
     classes (-> a remark), and its auxiliary heads, which checkpoints don't hold."""
     path, ours, state = recipe.static, model.state_dict(), state_of(content, "encoder.features.0.0.weight")
+    if "optimizers" in content:
+        raise InputError(f"{path}: its training is not finished; the command that made it continues")
     network = content.get("network", "arch2" if "static" in content else model.name)
     if network != model.name:
         raise InputError(f"{path}: holds the static network {network!r}; give --static-network {network}")

@@ -308,6 +308,7 @@ FAULTS = {
                                 for name in (FIRST, LABEL)], f"{FIRST}: 8 x 9, most others 8 x 6"),
     "names": (lambda d: [path.rename(path.with_stem("picture")) for path in (d / FIRST, d / LABEL)],
               "train/picture.png: the name is not CLIP_FRAME"),
+    "one name": (lambda d: shutil.copy(d / LABEL, (d / FIRST).with_suffix(".jpg")), "has the name of 0001TP"),
     "empty split": (lambda d: [path.unlink() for path in d.glob("val*/*")], "no frame in split 'val'"),
     "no such folder": (lambda d: shutil.rmtree(d / "val"), "val: no such folder"),
 }

@@ -107,15 +107,15 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--dataset camvid --data nowhere", "nowhere: no such folder"), ("--data x", "--data"),
     ("--stage search", "static.pt"), ("--stage evaluate", "baseline.pt"), ("--network static", "--network"),
     ("--stage evaluate --network x.pt --cell concat", "--cell"), ("--save-confidence", "--stage predict"),
-    ("--stage evaluate --enlarge 640", "--network"), ("--stage predict", "--input and --output"),
-    ("--stage predict --input x --output y --data z", "--data"),
+    ("--stage evaluate --network x.pt --input-pad 9", "--input-pad"), ("--stage predict", "--input and"),
+    ("--stage evaluate --enlarge 9", "--network"), ("--stage predict --input x --output y --data z", "data"),
 ])
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_made(tmp_path, small, line, said):
     with pytest.raises(InputError) as error:
         train.main([*line.split(), "--run", str(tmp_path / "run")])
     assert said in str(error.value) and "\n" not in str(error.value)
     made = {path.name for path in (tmp_path / "run").glob("*")}
-    assert made <= {"recipe.json", "lock"}
+    assert made == ({"recipe.json", "lock"} if line in ("--stage search", "--stage evaluate") else set())
 
 
 @pytest.mark.parametrize("dataset, schedule, needs", [

@@ -155,11 +155,14 @@ MADE_BY = {"static.pt": "pretrain", "controller.pt": "search", "search.jsonl": "
            "random.jsonl": "search", "cell-0-alone.pt": "alone", "cell-0.pt": "end", "baseline.pt": "end",
            "results.json": None}                                          # its rows know what made them
 STAGE_OF = {name: stage for stage, names in {
-    "pretrain": "dataset seed encoder_weights static static_epochs static_lr_encoder static_crop momentum",
-    "search": "sequence_length cell_layers meta_val_share search_epochs cell_lr early_stop controller_lr",
+    "pretrain": " ".join(field.name for field in dataclasses.fields(train.Recipe)),       # but for these:
+    "search": "weight_decay sequence_length input_longer_side input_crop input_pad cell_layers "
+              "meta_val_share search_epochs search_batch cell_lr early_stop early_stop_rule controller_lr "
+              "controller_clip controller_baseline_decay controller_rollout controller_replay "
+              "controller_epochs controller_entropy",
     "alone": "cell_epochs cell_batch", "end": "end_epochs end_lr_cell end_lr_static end_crop end_mirrored",
-    "amount": "validate_every search_candidates search_strategy cells cell seeds key_frames without_past"
-    }.items() for name in names.split()}
+    "amount": "validate_every search_candidates search_strategy cells cell median_cell without_past seeds "
+              "key_frames"}.items() for name in names.split()}
 
 
 @pytest.mark.parametrize("file, stage", MADE_BY.items())

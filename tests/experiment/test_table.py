@@ -90,7 +90,8 @@ def test_a_cell_is_a_name_a_file_a_checkpoint_or_a_text_and_may_get_a_name_of_it
     assert networks.cell_texts(["d2=decoder", "warp=warp", f"past={BEST}", f"past = {BEST}"]) == (
         "d2=decoder", "warp", f"past={BEST}")
     for argument, said in (("0=warp", "invalid"), ("a-seed1=warp", "invalid"), ("x=", "invalid"),
-                           ("nowhere.json", "nowhere"), ("warp=concat", "two cells")):
+                           ("nowhere.json", "nowhere"), ("warp=concat", "two cells"),
+                           ("baseline=warp", "two cells")):
         with pytest.raises(InputError, match=f"--cell.*{said}"):
             networks.cell_texts([argument])
 
@@ -114,6 +115,7 @@ def test_a_trained_cell_keeps_its_name(run, of):
     assert networks.networks(run)[2].genotype == cells[4]                 # 0.3
     trained("random-median-0")                                            # of a shorter search
     assert names(run)[2:] == ["random-median-0", "random-median-1"]
+    assert len({network.title for network in networks.networks(run)}) == 4        # rows of one title are one
     trained("cell-x")
     with pytest.raises(InputError, match="--cell x: .*cell-x.pt"):
         names(run, cells=0, cell=(f"x={BEST}",))
@@ -343,3 +345,6 @@ def test_sparse_labels_and_splits_of_different_sizes_train(small, tmp_path, monk
     results = json.loads(text, parse_constant=pytest.fail)                # no NaN
     assert results["rows"][0]["test"]["consistency"] is None
     assert files.load(tmp_path / "run" / "static.pt")["size"] == (48, 64)
+    monkeypatch.setattr(Mine, "classes", [*Mine.classes[::-1]])
+    with pytest.raises(InputError, match="pt: holds no result of a training on these classes"):
+        train.main(["--run", str(tmp_path / "run")])

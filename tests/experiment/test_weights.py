@@ -64,3 +64,6 @@ def test_where_the_classes_differ_the_classifiers_are_new(tmp_path, network, num
         assert torch.equal(value, before[key] if new else there.state_dict()[key]), key
     with pytest.raises(InputError, match="--static-epochs 0: .*static.pt has other classes"):
         begin(model, static=str(path), static_epochs=0)
+    torch.save({"static": there.state_dict(), "network": network, "optimizers": []}, path)
+    with pytest.raises(InputError, match="static.pt: its training is not finished"):
+        begin(model, static=str(path))
