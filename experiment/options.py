@@ -134,8 +134,8 @@ def check_flags(command):
             raise InputError(f"{flag(name)}: does nothing here, as it needs {what}; leave it out")
     if predict and (useless := [*command.given.keys() - {"dataset"}]):
         raise InputError(f"{flag(useless[0])}: does nothing with --stage predict; leave it out")
-    if predict and not (command.input and command.output):
-        raise InputError("--input and --output: needed for --stage predict")
+    if predict and not (command.input and command.output and os.path.exists(command.input)):
+        raise InputError(f"--input and --output: --stage predict needs both; {command.input} must exist")
 
 
 def check(recipe):

@@ -120,7 +120,7 @@ class Epoch:
         shuffled = batches(items, size, self.rng)
         if run.rank:                                              # the same batches, different augmentation
             self.rng = generator(*key, run.rank)
-        torch.manual_seed(generator(*key, run.rank, "dropout").initial_seed())     # of your own network
+        torch.manual_seed(generator(*key, run.rank, "dropout").initial_seed())     # if yours has any
         total, first = self.count * len(shuffled), self.index * len(shuffled)
         run.progress = run.progress or Progress(self.name, total, done=first)
         for self.step, batch in enumerate(shuffled, start=first):
@@ -327,7 +327,7 @@ class Run:
         return self.first(lambda: path.exists() and "optimizers" not in self.checkpoint(name))
 
     def checkpoint(self, name):
-        """The content of NAME.pt. Raises InputError if it was made with another recipe."""
+        """The content of NAME.pt. Raises InputError if another recipe or other classes made it."""
         path = self.path(f"{name}.pt")
         saved, ours = load(path), self.classes
         if not isinstance(saved, dict) or "recipe" not in saved or saved.get("classes", ours) != ours:

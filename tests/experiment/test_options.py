@@ -107,7 +107,7 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--dataset camvid --data nowhere", "nowhere: no such folder"), ("--data x", "--data"),
     ("--stage search", "static.pt"), ("--stage evaluate", "baseline.pt"), ("--network static", "--network"),
     ("--stage evaluate --network x.pt --cell concat", "--cell"), ("--save-confidence", "--stage predict"),
-    ("--stage evaluate --network x.pt --input-pad 9", "--input-pad"), ("--stage predict", "--input and"),
+    ("--stage evaluate --network x.pt --input-pad 9", "--input-pad"), ("--stage predict", "needs both"),
     ("--stage evaluate --enlarge 9", "--network"), ("--stage predict --input x --output y --data z", "data"),
 ])
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_made(tmp_path, small, line, said):
