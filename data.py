@@ -105,7 +105,7 @@ def augment(images, labels, crop, scale=(1, 1), flip=True, generator=None, least
     uint8. The generator must be on the CPU.
 
     [ours] The zeros are those of the normalised image, that is ImageNet's mean colour; their label is 255.
-    All three are one affine map, so each pixel is sampled only once, bilinearly ([18]: bicubic)."""
+    Scale, crop and flip are one affine map: each pixel is sampled only once, bilinearly ([18]: bicubic)."""
     B, T, H, W = labels.shape
     draw = torch.rand(4, B, generator=generator)                          # scale, column, row, flip
     s = (scale[0] + (scale[1] - scale[0]) * draw[0]).clamp(min=least)     # (B,)

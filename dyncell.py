@@ -113,9 +113,9 @@ class StaticNetwork(nn.Module):
 
 
 class ContextualCell(nn.Module):
-    """In [18]'s notation 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0). Node 0 is the input, node 1 op5 of it.
-    An entry (p, q, a, b) appends three nodes: op_a(node p), op_b(node q) and their sum, so the sums are nodes
-    4, 7 and 10. The output adds up node 1 and the sums."""
+    """[18]: 5, (0, 0, 4, 1), (3, 2, 0, 1), (5, 6, 5, 0). Node 0 is the input, node 1 entry 5 of OPERATIONS on
+    it. (p, q, a, b) appends three nodes, entry a on node p, entry b on node q and their sum, so the sums are
+    nodes 4, 7 and 10. The output adds up node 1 and the sums."""
 
     OPS = "conv3x3_r3  gap conv3x3  conv1x1 conv3x3  conv3x3_r3 conv1x1".split()     # 5  4, 1  0, 1  5, 0
 

@@ -109,9 +109,9 @@ def resize(x, size):
         12 stay at 1/32       0       1     ...       10          11
 
     The reason: a convolution of stride 2, kernel 3 and padding 1 puts its output i at the input's pixel
-    2 * i, whatever the size. F.interpolate(x, size=(H, W)) would give each of the 12 rows 3.75 of the 45,
-    so rows move up, and the farther down the more. By the factor all are equally far from their places,
-    (f - 1) / 2 fine pixels, which a network learns. tests/test_ops.py brings positions down and up again.
+    2 * i, whatever the size. F.interpolate(x, size=(H, W)) would give each of the 12 rows 3.75 of the 45:
+    above those drawn here, and the farther down the more. By the factor all are equally far from their
+    places, (f - 1) / 2 fine pixels, which a network learns. tests/test_ops.py brings positions down and up.
     Raises ValueError where no power of two leads from one size to the other."""
     factors = [factor(fine, coarse) for fine, coarse in zip(size, x.shape[-2:])]
     if factors == [1, 1]:

@@ -1,11 +1,11 @@
 """The whole method: pretrain -> search -> finetune -> evaluate, each loop where the paper describes it.
 
     python train.py                                                  synthetic videos, minutes on a CPU
-    python train.py --dataset camvid --data DIR                      CamVid; on a CPU in some two hours
+    python train.py --dataset camvid --data DIR                      CamVid; on a CPU in about 100 minutes
     python train.py --dataset camvid --data DIR --stage evaluate     one stage
 
 Read it from top to bottom beside the paper. The same command again continues where it stopped, to the same
-result. experiment/runs.py does that; a reader needs only these words of it:
+result. experiment/runs.py does that; these of its words do not explain themselves:
 
     run.epochs(...)                    the epochs of a training that are still to do; it restores and saves
     epoch.batches(n, size)             shuffled batches of 0..n-1, and the share of the training behind us
@@ -423,8 +423,8 @@ def finetune_cells(run, chosen):
 
 def finetune_end_to_end(run, network):
     """Sect. 4.2: then both, the cell by Adam at half its rate, the static network by SGD. [ours] Its batch
-    norms keep their statistics. The loss is the sum of CE over all frames, t >= 0: without the key frame's
-    term nothing would hold the static classifier to a decoder that changes. CityScapes' key frames have no
+    norms keep their statistics, and the sum of CE is over all frames, t >= 0: without the key frame's term
+    nothing would hold the static classifier to a decoder that changes. CityScapes' key frames have no
     label; there the static network's own prediction of the last frame counts instead."""
     r, frames = run.recipe, run.frames("train")
     windows, weight = frames.windows(r.sequence_length), frames.class_weights(r.class_weights)

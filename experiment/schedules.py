@@ -18,7 +18,7 @@ from util.progress import duration
 CPU = dict(auxiliary_cell=False, gradient_norm=0, input_pad=0, early_stop_rule="average")
 
 # short: 100 minutes on two cores of a Xeon, 4 GB. Its pre-training: the trials of docs/results.md. The
-# controller's rate is higher, as the paper's needs its 1000 samples (docs/ppo.md).
+# controller's rate is higher, as the paper's needs some 1000 samples (docs/ppo.md).
 SHORT = dict(
     CPU, loss_stride=2, class_weights=1.1,
     static_epochs=40, static_batch=8, static_crop=(384, 480), static_scale_least=1.0,
