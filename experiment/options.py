@@ -68,10 +68,9 @@ def parser_for(Recipe, stages, description):
 
 
 def parse(arguments, Recipe, recipe_for, stages, description):
-    """The command line -> a namespace with its flags, the run's folder, its recipe, schedule and data folder,
-    and the stages to do. Raises InputError naming a flag that can't work.
-
-    What is not given is the folder's. A new run takes the paper's schedule if there is a GPU, else short."""
+    """The command line -> a namespace of its flags, the run's folder, recipe, schedule, data and stages.
+    What is not given is the folder's; a new run takes the paper's schedule if there is a GPU, else short.
+    Raises InputError naming a flag that can't work."""
     command = parser_for(Recipe, stages, description).parse_args(arguments)
     command.given = given = {field.name: getattr(command, field.name) for field in dataclasses.fields(Recipe)
                              if hasattr(command, field.name)}
@@ -98,8 +97,12 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     check(command.recipe)
     check_flags(command)
     default, typed = os.path.abspath(f"data/{dataset}"), command.data is not None
-    command.data = os.path.abspath(command.data or (folder["data"] if folder else default))
+    made = folder["data"] if folder else default
+    command.data = os.path.abspath(command.data or made)
     command.data_given = typed or command.data != default         # then it must exist
+    if (folder and not command.network and os.path.exists(made)   # else it may have been moved
+            and os.path.realpath(made) != os.path.realpath(command.data)):
+        raise InputError(f"--data {command.data}: {command.run} is a run on {made}; use another --run")
     return command
 
 
@@ -112,8 +115,7 @@ def folder_of(run, Recipe):
     saved = load(path)
     fields = saved.get("recipe", {})
     if differing := fields.keys() ^ {field.name for field in dataclasses.fields(Recipe)}:
-        names = ", ".join(sorted(differing)[:6])
-        raise InputError(f"{path}: made by another version ({names}); use another --run")
+        raise InputError(f"{path}: another version's ({', '.join(sorted(differing)[:6])}); use another --run")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     return {**saved, "recipe": Recipe(**values)}                  # JSON has no tuples
 

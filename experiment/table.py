@@ -101,8 +101,7 @@ def mean_ms(costs, every, lengths):
     """Mean ms per frame over clips of these lengths, as in Table 5: "the baseline on the first frame and the
     dynamic cell on the rest". every: the key-frame interval; 0: only the first frame is a key frame."""
     keys = sum(math.ceil(length / every) if every else 1 for length in lengths)
-    later = sum(lengths) - keys
-    return (keys * costs["ms_key_frame"] + later * costs["ms_later_frame"]) / sum(lengths)
+    return (keys * costs["ms_key_frame"] + (sum(lengths) - keys) * costs["ms_later_frame"]) / sum(lengths)
 
 
 class Table:

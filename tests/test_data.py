@@ -310,8 +310,7 @@ FAULTS = {
               "train/picture.png: the name is not CLIP_FRAME"),
     "one name": (lambda d: shutil.copy(d / LABEL, (d / FIRST).with_suffix(".jpg")), "has the name of 0001TP"),
     "empty split": (lambda d: [path.unlink() for path in d.glob("val*/*")], "no frame in split 'val'"),
-    "no such folder": (lambda d: shutil.rmtree(d / "val"), "val: no such folder"),
-}
+    "no such folder": (lambda d: shutil.rmtree(d / "val"), "val: no such folder")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -159,16 +159,14 @@ OPERATIONS = {                                                            # Tabl
     "conv3x3_r12": partial(expect_convolution, 12), "sep5x5_r6": partial(expect_convolution, 6),
     "gap": lambda m, x: 0 * x + bn_relu(m, naive_conv(x.mean((2, 3), keepdims=True), *kernels(m))),
     "skip": lambda m, x: x, "zero": lambda m, x: 0 * x,
-    "deform3x3": expect_deform,
-}
+    "deform3x3": expect_deform}
 AGGREGATIONS = {                                                          # Table 2
     "sum": lambda m, x, y: x + y,
     "concat": lambda m, x, y: bn_relu(m, naive_conv(np.concatenate((x, y), 1), *kernels(m))),
     "conv3d": expect_conv3d,
     "attention": expect_attention,
     "predictive": expect_predictive,
-    "affine": expect_affine,
-}
+    "affine": expect_affine}
 
 
 # ---- sampling, deform_conv2d ---------------------------------------------------------------------------

@@ -47,8 +47,7 @@ STATEMENTS = [
     ("time of a clip", "Table 5", "experiment/table.py docs/glossary.md", r"baseline on the first frame"),
     ("pre-training's rates", "Sect. 6", "train.py", r"\bpoly\b.*|a rate each"),
     ("auxiliary losses", "Sect. 6", "train.py dyncell.py", r"auxiliary (losses|adds)"),
-    ("scale, zero-padding", "Sect. 6", "data.py", r"zero-padding"),
-]
+    ("scale, zero-padding", "Sect. 6", "data.py", r"zero-padding")]
 # Every field of the recipe that cites the paper.
 FIELDS = {
     "3.1": "static_network", "4": "sequence_length",

@@ -25,7 +25,6 @@ def milliseconds_in_turn(calls, repeats=5):
     """Median wall time of several calls: {name: function} -> {name: ms}. The calls take turns, so other load
     slows all of them alike. The first round is not counted, and of the two calls in a round only the second:
     the first brings its weights back into the cache."""
-    # An accelerator works on after a call has returned.
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):

@@ -58,8 +58,12 @@ def test_what_a_call_does_not_say_is_the_folders(tmp_path):
     assert parse(*run, "--stage", "evaluate", "--seeds", "4").recipe == dataclasses.replace(made, seeds=4)
     smoke = recipe_for("camvid", "smoke", encoder_weights="/w.pth")       # another schedule, the same files
     assert parse(*run, "--schedule", "smoke").recipe == smoke
-    with pytest.raises(InputError, match="--dataset synthetic"):
-        parse(*run, "--dataset", "synthetic")
+    assert parse(*run, "--data", "/moved").data == "/moved"                # as "/d" is no more
+    files.save(tmp_path / "recipe.json", dict(saved, data="/"))
+    assert parse(*run, *"--data /e --stage evaluate --network x".split()).data == "/e"    # makes nothing
+    for flag, other in ("--dataset", "synthetic"), ("--data", "/e"):
+        with pytest.raises(InputError, match=f"{flag} {other}: .* is a run on"):
+            parse(*run, flag, other)
     saved["recipe"]["wings"] = saved["recipe"].pop("momentum")
     files.save(tmp_path / "recipe.json", saved)
     with pytest.raises(InputError, match="recipe.json.*momentum, wings"):
