@@ -84,6 +84,7 @@ class Recipe:
     search_epochs: int = field("search", 20, "Sect. 4.1: epochs a candidate")
     search_batch: int = field("search", 48, "Sect. 4.1: sequences a batch", 2)
     cell_lr: float = field("search", 8e-3, "Sect. 4.1, 4.2: Adam's rate for the cell (CityScapes: [ours])")
+    distillation: float = field("search", 0.0, "[18]: weight of the static network as the cell's teacher", 0)
     early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
     early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1 or [ours]", choices=("as-in-18", "average"))
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
@@ -108,8 +109,7 @@ class Recipe:
     # how much is made
     validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between validations; 0: no", 0)
     search_candidates: int = field("amount", 1000, "[ours]: number of sampled cells")
-    search_strategy: str = field("amount", "ppo", "Sect. 4.1: ppo; [ours]: random, every token uniform; both",
-                                 choices=("ppo", "random", "both"))
+    search_strategy: str = field("amount", "ppo", "Sect. 4.1; [ours]", choices=("ppo", "random", "both"))
     cells: int = field("amount", 2, "Sect. 4.2: best cells that are fine-tuned; 0: no search, only --cell", 0)
     cell: tuple[str, ...] = field("amount", (), "[ours]: cells to train by name")
     median_cell: bool = field("amount", False, "[ours]: random search's cell of median reward, too")
@@ -117,8 +117,7 @@ class Recipe:
     seeds: int = field("amount", 1, "[ours]: trainings of the baseline and of every cell")
     key_frames: tuple[int, ...] = field("amount", (0, 10, 3), "[ours]: key-frame intervals; 0: first only", 0)
 
-# Each schedule lists what differs from Recipe's defaults. short and smoke, made for a CPU, and those of the
-# synthetic videos, which a call without --dataset takes, are in experiment/schedules.py.
+# What differs from Recipe's defaults. Those made for a CPU or for synthetic videos: experiment/schedules.py.
 SCHEDULES = {**schedules.SCHEDULES, ("camvid", "paper"): {}, ("cityscapes", "paper"): dict(
     static_epochs=1000, static_batch=28, static_crop=(800, 800), validate_every=50,
     sequence_length=2, input_longer_side=1024, input_crop=512, input_pad=0, cell_layers=4,
@@ -236,8 +235,7 @@ def static_outputs(run, static, windows, transformed=True):
         for name, x in zip(FeatureCache.STRIDE, (*layers, dec, labels)):
             if name != "layer1" or static.classifier.needs_layer1:
                 if not first:                                     # torch.cat would hold each map twice
-                    dtype = torch.half if x.is_floating_point() else x.dtype
-                    maps[name] = x.new_empty(len(numbers), *x.shape[1:], dtype=dtype)
+                    maps[name] = (x if name == "labels" else x.half()).new_empty(len(numbers), *x.shape[1:])
                 maps[name][first:last] = x
         progress.update(last)
     return FeatureCache(numbers, maps, crop=r.input_crop if transformed else None)
@@ -245,9 +243,8 @@ def static_outputs(run, static, windows, transformed=True):
 
 class FeatureCache:
     """The maps of some frames. numbers (n,): the frames, ascending; maps: features (n, C, h, w) in half
-    precision and labels (n, H, W) uint8; crop: side of the square to which a sequence is cropped at random.
-    [ours] Whole frames are stored, and their features cropped in steps of 32 pixels (layer4's stride): so a
-    crop's features have seen what lies around it."""
+    precision and labels (n, H, W) uint8; crop: side of the square to which a sequence is cropped at random,
+    [ours] in steps of 32 pixels (layer4's stride) and out of whole frames' maps: they saw what is around."""
 
     STRIDE = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32, "dec": 8, "labels": 1}
 
@@ -288,10 +285,18 @@ def unroll(run, cell, frames):
     return results
 
 
-def cell_loss(run, cell, frames):
-    """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one"."""
-    stride, weight = run.recipe.loss_stride, run.frames("train").class_weights(run.recipe.class_weights)
-    return sum(cross_entropy(pred, labels, stride, weight) for pred, labels in unroll(run, cell, frames))
+def cell_loss(run, cell, frames, static=None):
+    """Sect. 4: "we sum up cross-entropy loss terms at each frame after the first one". [18]'s code adds a
+    teacher, on stored outputs; [ours] it is the static network: 2**2 * CE(pred / 2, softmax(teacher / 2))."""
+    r, frames, loss = run.recipe, list(frames), 0
+    weight = run.frames("train").class_weights(r.class_weights)
+    for (pred, labels), frame in zip(unroll(run, cell, iter(frames)), frames[1:]):
+        loss = loss + cross_entropy(pred, labels, r.loss_stride, weight)
+        if r.distillation:
+            with torch.no_grad(), run.autocast():
+                teacher = static.classifier(frame["dec"], frame.get("layer1")).float()    # (B, C, h, w)
+            loss = loss + r.distillation * 4 * F.cross_entropy(pred.float() / 2, (teacher / 2).softmax(1))
+    return loss
 
 
 # ---- Sect. 3.3, 4.1: the search ---------------------------------------------------------------------------
@@ -305,17 +310,15 @@ def score(run, cell, stored, windows):
     at_once = max(1, min(run.recipe.search_batch, 2 ** 23 // (H * W)))    # CityScapes: 4, for the memory
     for window in windows.split(at_once):
         for pred, labels in unroll(run, cell, stored.pick(window)):
-            pred = resize(pred.float(), labels.shape[-2:])        # (B, C, H, W)
-            confusion.update(pred.argmax(1), labels)
+            confusion.update(resize(pred.float(), labels.shape[-2:]).argmax(1), labels)       # (B, H, W)
     cell.train()
     _, miou, fwiou, macc, reward = confusion.scores()
     return {"reward": reward, "miou": miou, "fwiou": fwiou, "macc": macc}
 
 
 def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, entry):
-    """Candidate k: Adam on meta-train, scored on meta-val. Fills in its entry of the log. meta_train,
-    meta_val: stored outputs and windows (N, T). Sect. 4.1: if it is stopped half way, its half-way score is
-    its reward."""
+    """Candidate k: Adam on meta-train, scored on meta-val, into its entry of the log. Both are stored outputs
+    and windows (N, T). Sect. 4.1: if it is stopped half way, its half-way score is its reward."""
     r, (stored, windows) = run.recipe, meta_train
     torch.manual_seed(generator(r.seed, "cell", k).initial_seed())
     cell = run.to_device(make_cell(genotype, static))
@@ -333,7 +336,7 @@ def train_candidate(run, static, meta_train, meta_val, k, genotype, early_stop, 
             if not early_stop.promising(scores["reward"], draw):
                 entry.update(scores, stopped=True)
                 return
-        loss = cell_loss(run, cell, stored.pick(windows[batch], rng))
+        loss = cell_loss(run, cell, stored.pick(windows[batch], rng), static)
         update(loss, [optimizer], (1 - step / len(steps)) ** r.poly_power)
         losses.append(loss.detach())
     check_finite(losses, "at the end")
@@ -355,9 +358,8 @@ def search(run):
 
 def explore(run, strategy, log, static, meta_train, meta_val):
     """The controller samples cells, each is trained and scored, the scores train the controller; and again.
-    The log decides. A search that was killed goes through this loop from candidate 0 again: the same
-    draws, the logged rewards, so the same updates. Only what the log lacks is trained. torchrun's processes
-    share the candidates of a round, and all make the same update."""
+    The log decides: a search that was killed makes the same draws and, with the logged rewards, the same
+    updates again, and trains what the log lacks. torchrun's processes share the candidates of a round."""
     r, n = run.recipe, run.recipe.controller_rollout
     torch.manual_seed(generator(r.seed, "controller").initial_seed())
     controller = Controller(r.cell_layers)
@@ -392,8 +394,7 @@ def explore(run, strategy, log, static, meta_train, meta_val):
 # ---- Sect. 4.2: the best cells on the full training split -------------------------------------------------
 
 def finetune(run):
-    """Sect. 4.2: the two best cells and the controls (experiment/networks.py), first each cell alone, then
-    all end to end. The baseline has no cell."""
+    """Sect. 4.2: the best cells and the controls (experiment/networks.py), first alone, then end to end."""
     missing = [network for network in networks.networks(run) if not run.finished(network.name)]
     cells = [some for some in missing if some.genotype and not run.finished(f"{some.name}-alone")]
     if cells:
@@ -416,7 +417,7 @@ def finetune_cells(run, chosen):
         for epoch in run.epochs(f"{network.name}-alone", r.cell_epochs, {"cell": cell}, [optimizer]):
             cell.train()
             for batch, done in epoch.batches(len(windows), r.cell_batch):
-                loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng))
+                loss = cell_loss(run, cell, stored.pick(windows[batch], epoch.rng), static)
                 update(loss, [optimizer], (1 - done) ** r.poly_power, run.world)
                 epoch.log(loss)
 
@@ -487,8 +488,7 @@ def evaluate_video(run, name, video, split, key_frame_every=0):
 
 
 def evaluate(run):
-    """Sect. 4.2, 4.3, Tables 3 to 5: every network on val and on the split that is reported (test;
-    CityScapes: val)."""
+    """Sect. 4.2, 4.3, Tables 3 to 5: every network on val and the reported split (CityScapes: val only)."""
     rows = table.Table(run)
     for network, intervals in rows.missing():                     # what no evaluation has scored before
         for row in table.rows_of(run, network, run.load(network.name), intervals, evaluate_video):

@@ -171,8 +171,7 @@ def test_genotype_by_hand():
     tokens = [1, 2, 11, 2, 1,   5, 3, 9, 0, 3,   0, 4, 4, 10, 0,   6, 6, 8, 6, 5]
     genotype = Genotype.from_tokens(tokens)
     assert genotype == (Layer(1, 2, "deform3x3", "sep3x3", "concat"),
-                        Layer(5, 3, "skip", "conv1x1", "attention"),
-                        Layer(0, 4, "gap", "zero", "sum"),
+                        Layer(5, 3, "skip", "conv1x1", "attention"), Layer(0, 4, "gap", "zero", "sum"),
                         Layer(6, 6, "sep5x5_r6", "conv3x3_r12", "affine"))
     assert genotype.output() == [7, 8]                    # node0 went into node1, node1 into node3
     assert genotype.inputs() == [0, 1, 2, 3, 4] and Genotype(tokens[:5]).inputs() == [1, 2]

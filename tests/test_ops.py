@@ -163,10 +163,8 @@ OPERATIONS = {                                                            # Tabl
 AGGREGATIONS = {                                                          # Table 2
     "sum": lambda m, x, y: x + y,
     "concat": lambda m, x, y: bn_relu(m, naive_conv(np.concatenate((x, y), 1), *kernels(m))),
-    "conv3d": expect_conv3d,
-    "attention": expect_attention,
-    "predictive": expect_predictive,
-    "affine": expect_affine}
+    "conv3d": expect_conv3d, "attention": expect_attention,
+    "predictive": expect_predictive, "affine": expect_affine}
 
 
 # ---- sampling, deform_conv2d ---------------------------------------------------------------------------

@@ -224,6 +224,10 @@ def test_stored_outputs_are_unrolled_as_a_video_is(run, untrained):
     loss = sum(train.cross_entropy(pred, label, run.recipe.loss_stride) for pred, label in rolled)
     found = train.cell_loss(run, cell, stored.pick(torch.arange(4)[None]))        # Sect. 4
     assert found.item() == pytest.approx(loss.item(), rel=1e-4)
+    run.recipe.distillation, teacher = 0.5, static(data.normalise(images[0])).detach()[1:]
+    q, p = (x.float().div(2).softmax(1).double() for x in (teacher, torch.cat([pred for pred, _ in rolled])))
+    taught = train.cell_loss(run, cell, stored.pick(torch.arange(4)[None]), static) - found
+    assert taught.item() == pytest.approx(-2 * (q * p.log()).sum(1).mean(dim=(1, 2)).sum().item(), rel=1e-3)
 
 
 # ---- Sect. 3.3: a candidate
@@ -285,7 +289,7 @@ def test_a_candidate_below_the_running_average_is_stopped_half_way(run, untraine
 @pytest.mark.parametrize("error, status", [(None, "not finite"), (MemoryError(), "out of memory")])
 def test_a_candidate_that_fails_gets_no_reward_and_is_logged(run, untrained, monkeypatch, error, status):
     """A search whose first candidates all fail alike stops and says why."""
-    def cell_loss(run, cell, sequences):
+    def cell_loss(run, cell, sequences, static):
         if error:
             raise error
         return next(cell.parameters()).sum() * math.inf

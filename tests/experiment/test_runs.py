@@ -159,7 +159,7 @@ STAGE_OF = {name: stage for stage, names in {
     "search": "weight_decay sequence_length input_longer_side input_crop input_pad cell_layers "
               "meta_val_share search_epochs search_batch cell_lr early_stop early_stop_rule controller_lr "
               "controller_clip controller_baseline_decay controller_rollout controller_replay "
-              "controller_epochs controller_entropy",
+              "controller_epochs controller_entropy distillation",
     "alone": "cell_epochs cell_batch", "end": "end_epochs end_lr_cell end_lr_static end_crop end_mirrored",
     "amount": "validate_every search_candidates search_strategy cells cell median_cell without_past seeds "
               "key_frames"}.items() for name in names.split()}

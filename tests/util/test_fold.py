@@ -11,8 +11,7 @@ def conv(**kind):
 
 
 CASES = {                                    # name: (module, how many batch norms stay)
-    "after a convolution": (conv(), 0),
-    "without affine": (conv(affine=False), 0),
+    "after a convolution": (conv(), 0), "without affine": (conv(affine=False), 0),
     "without statistics": (conv(track_running_stats=False), 1),
     "before a convolution": (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), 0),
     "two, after a ReLU": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3)), 0),
