@@ -109,7 +109,7 @@ class Recipe:
     # how much is made
     validate_every: int = field("amount", 100, "[ours]: pre-training's epochs between validations; 0: no", 0)
     search_candidates: int = field("amount", 1000, "[ours]: number of sampled cells")
-    search_strategy: str = field("amount", "ppo", "Sect. 4.1; [ours]", choices=("ppo", "random", "both"))
+    search_strategy: str = field("amount", "ppo", "Sect. 4.1: ppo", choices=("ppo", "random", "both"))
     cells: int = field("amount", 2, "Sect. 4.2: best cells that are fine-tuned; 0: no search, only --cell", 0)
     cell: tuple[str, ...] = field("amount", (), "[ours]: cells to train by name")
     median_cell: bool = field("amount", False, "[ours]: random search's cell of median reward, too")
