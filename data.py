@@ -78,7 +78,7 @@ def meta_split(windows, share, rng):
     about 12 neighbours: long, as that leaves out few, but not so long that meta-val is one scene. Raises
     InputError when less than two sequences are left for meta-train."""
     runs = windows.split(max(1, min(12, round(share * len(windows)))))
-    order, val = torch.randperm(len(runs), generator=rng).tolist(), []
+    order, val = torch.randperm(len(runs), generator=rng).tolist(), [windows[:0]]
     while order and sum(map(len, val)) < share * len(windows):
         val.append(runs[order.pop()])
     train, val = torch.cat([windows[:0], *(runs[k] for k in sorted(order))]), torch.cat(val)

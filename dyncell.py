@@ -99,7 +99,7 @@ class StaticNetwork(nn.Module):
                 -> pred. A cell has one of its own, which starts as a copy. layer1 may be None if
                 .needs_layer1 is False, in decode's features, too
     __init__(num_classes, auxiliary=None), which sets .num_classes, .encoder and .classifier; see Arch2
-    decode(features) -> dec (B, width, H/8, W/8), pred (B, num_classes, h, w), logits. h and w are its own
+    decode(features) -> dec (B, width, H/8, W/8), pred: logits (B, num_classes, h, w). h and w are its own
                 choice, and its cells predict at the same size"""
 
     def encode(self, image):                  # (B, 3, H, W), normalised -> features: layer1, ..., layer4
@@ -305,7 +305,7 @@ class Genotype(tuple):
 
 # Cells by name. Those made by hand are one idea each of how to reuse the previous frame.
 CELLS = {name: Genotype(text) for name, text in {
-    # The previous dec, unchanged: the least a cell can do.
+    # The previous dec through the 1x1 conv-BN-ReLU that ends every cell: the least a cell can do.
     "propagate": "node0 = sum(skip(dec_prev), zero(dec_prev)); out = [node0]",
     # The previous dec moved by offsets that see both frames, plus the current one: GRFP [20], NetWarp [9].
     "warp": """node0 = concat(skip(dec_prev), skip(layer2));

@@ -32,8 +32,8 @@ def sample_bilinear(x, rows, cols):
     A neighbouring pixel outside the map counts as zero. So the result fades to zero within one pixel of the
     border: the convention of deformable convolution. Differentiable in all three arguments."""
     H, W = x.shape[-2:]
-    # grid_sample takes one dtype. Positions need float32: with the 8 significant bits of bf16, rows 200.5
-    # and 201 are the same.
+    # grid_sample takes one dtype. Positions need float32: with the 8 significant bits of bf16, rows 200
+    # and 200.5 are the same.
     exact = torch.promote_types(torch.promote_types(x.dtype, rows.dtype), torch.float32)
     rows, cols = rows.to(exact), cols.to(exact)
     # With align_corners=False pixel p of n has coordinate (2p + 1) / n - 1. With True it would be
@@ -358,12 +358,13 @@ def main(arguments=None):
 
 def _check_deform(input, offset, weight, bias, mask, stride, padding, dilation):
     """Raises ValueError naming the argument of deform_conv2d whose shape is wrong."""
-    (B, cin, *size), (cout, cin_group, kh, kw) = input.shape, weight.shape
-    if cin % cin_group or cout % (cin // cin_group):
+    (B, cin, *size), (cout, cin_group, *kernel) = input.shape, weight.shape
+    if len(size) != 2 or len(kernel) != 2 or cin % cin_group or cout % (cin // cin_group):
         raise ValueError("weight must be (Cout, Cin / groups, kh, kw) with groups that divide Cin and Cout, "
-                         f"got {tuple(weight.shape)} for an input of {tuple(input.shape)}")
+                         f"got {tuple(weight.shape)} for an input (B, Cin, H, W) of {tuple(input.shape)}")
+    kh, kw = kernel
     Ho, Wo = ((n + 2 * p - d * (k - 1) - 1) // s + 1
-              for n, p, d, k, s in zip(size, padding, dilation, (kh, kw), stride))
+              for n, p, d, k, s in zip(size, padding, dilation, kernel, stride))
     G = math.gcd(cin, offset.shape[1] // (2 * kh * kw))   # if no number of groups fits, offset is refused
     for name, tensor, shape in (("offset", offset, (B, 2 * G * kh * kw, Ho, Wo)), ("bias", bias, (cout,)),
                                 ("mask", mask, (B, G * kh * kw, Ho, Wo))):

@@ -84,7 +84,7 @@ class Recipe:
     search_epochs: int = field("search", 20, "Sect. 4.1: epochs a candidate")
     search_batch: int = field("search", 48, "Sect. 4.1: sequences a batch", 2)
     cell_lr: float = field("search", 8e-3, "Sect. 4.1, 4.2: Adam's rate for the cell (CityScapes: [ours])")
-    distillation: float = field("search", 0.0, "[18]: weight of the static network as the cell's teacher", 0)
+    distillation: float = field("search", 0.0, "[18]: weight of a teacher; [ours]: the static network", 0)
     early_stop: bool = field("search", True, "Sect. 4.1: stop an un-promising candidate half way")
     early_stop_rule: str = field("search", "as-in-18", "Sect. 4.1 or [ours]", choices=("as-in-18", "average"))
     controller_lr: float = field("search", 1e-4, "Sect. 4.1: Adam's learning rate for the controller")
@@ -405,7 +405,7 @@ def finetune(run):
 
 def finetune_cells(run, chosen):
     """Sect. 4.2: first the cell alone, by Adam, on the frozen static network's stored outputs: [ours] so
-    there is no augmentation, and on CityScapes the images are the search's."""
+    the only augmentation is pick's random crop, and on CityScapes the images are the search's."""
     r, static = run.recipe, run.load("static").static
     windows = run.frames("train").windows(r.sequence_length)      # (N, T)
     stored = static_outputs(run, static, windows)
@@ -454,7 +454,7 @@ def finetune_end_to_end(run, network):
 def segment_clips(run, name, video, split, key_frame_every=0):
     """Yields (frame number, label map (H, W), label (H, W)) of every frame of a split, in float32. The static
     network on key frames: the first of a clip and, [ours], the first after a long gap, and every
-    key_frame_every-th (0: no other). The cell on the rest."""
+    key_frame_every-th (0: no other). The cell on the rest; without one unlabelled frames are left out."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
     progress = Progress(f"{name} on {split}", len(frames.list))
     for clip in frames.clips():

@@ -36,7 +36,7 @@ def parser_for(Recipe, stages, description):
     number = {"type": int, "default": 0, "metavar": "N"}
     parser.add_argument("--schedule", choices=("paper", "short", "smoke"),
                         help="the recipe. short: made for a CPU; smoke: only shows that everything runs "
-                             "(default: the folder's; for a new run paper where there is a GPU, else short)")
+                             "(default: the folder's; a new run: paper for real videos on a GPU, else short)")
     parser.add_argument("--data", **path, help="the dataset's folder (default: the run's, else data/DATASET)")
     parser.add_argument("--run", **path, help="the run's folder (default: runs/DATASET)")
     parser.add_argument("--stage", choices=[*stages, "predict"], help="run only this stage")
@@ -46,7 +46,7 @@ def parser_for(Recipe, stages, description):
     own.add_argument("--input", **path, help="a folder of frames, a GIF, WebP or APNG, or one image")
     own.add_argument("--output", **path, help="folder for label maps, overlays and the animation")
     own.add_argument("--network", **path, help="camvid: comes with this program; static, cell-0, ...: one of "
-                                               "--run (default: its best on val); or a checkpoint's path")
+                                               "--run (default: its best cell on val); or a checkpoint")
     own.add_argument("--key-frame-every", **number, help="a key frame is every Nth frame; 0: the first only")
     own.add_argument("--enlarge", **number, help="enlarge frames whose longer side is below N pixels; 0: not")
     own.add_argument("--save-confidence", action="store_true", help="also write each pixel's probability")
@@ -69,7 +69,7 @@ def parser_for(Recipe, stages, description):
 
 def parse(arguments, Recipe, recipe_for, stages, description):
     """The command line -> a namespace of its flags, the run's folder, recipe, schedule, data and stages.
-    What is not given is the folder's; a new run takes the paper's schedule if there is a GPU, else short.
+    What is not given is the folder's; a new run's schedule is paper for real videos on a GPU, else short.
     Raises InputError naming a flag that can't work."""
     command = parser_for(Recipe, stages, description).parse_args(arguments)
     command.given = given = {field.name: getattr(command, field.name) for field in dataclasses.fields(Recipe)
@@ -90,7 +90,7 @@ def parse(arguments, Recipe, recipe_for, stages, description):
     if folder and command.schedule in (None, folder["schedule"]):
         command.schedule, command.recipe = folder["schedule"], dataclasses.replace(folder["recipe"], **given)
     else:
-        short = dataset == "synthetic" or best_device() == "cpu"
+        short = dataset == "synthetic" or (command.device or best_device()) == "cpu"
         command.schedule = command.schedule or ("short" if short else "paper")
         files = {name: getattr(folder["recipe"], name) for name in weights.FILES} if folder else {}
         command.recipe = recipe_for(schedule=command.schedule, **{**files, **given, "dataset": dataset})

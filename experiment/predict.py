@@ -84,7 +84,7 @@ def open_folder(folder):
 
 def find_network(run, network):
     """The path of a checkpoint. network: a name in the run's folder, camvid (comes with the project), the
-    path of any file, or None for the run's best network. Raises InputError if there is no such file."""
+    path of any file, or None for the run's best cell on val. Raises InputError if there is no such file."""
     there = [path.stem for path in sorted(run.glob("*.pt")) if not path.stem.endswith("-alone")
              and path.stem not in ("controller", "examples")]
     if network is None:

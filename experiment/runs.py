@@ -191,7 +191,7 @@ class Log(dict):
 
     def tokens(self, numbers, sampled):
         """The tokens (n, 5L) of these candidates: from the log if it has them, else as sampled. Another
-        processor may round, and so sample, otherwise; a logged reward belongs to the logged tokens."""
+        processor may round, and then sample, differently; a logged reward belongs to the logged tokens."""
         return torch.tensor([self[k]["tokens"] if k in self else row.tolist()
                              for k, row in zip(numbers, sampled)])
 

@@ -70,9 +70,9 @@ STORE, LAYER, END_TO_END, EVALUATE, START = 0.25, 0.03, 0.7, 0.25, 5
 def pixels_of(run):
     """{stage: pixels that are still to do}, in units of a pixel of a pre-training step. Of finetune and
     evaluate all is counted, also what the folder has."""
-    r, frames = run.recipe, {split: sum(map(len, run.dataset(split).clips)) for split in run.splits}
-    frame, count, length = math.prod(run.frame_size()), frames["train"], r.sequence_length
-    labelled = count if length > 2 else count // 2                # CityScapes: every second frame
+    r, frames = run.recipe, {split: sum(run.dataset(split).clips, []) for split in run.splits}
+    frame, count, length = math.prod(run.frame_size()), len(frames["train"]), r.sequence_length
+    labelled = sum(label is not None for _, label in frames["train"])
     alone = frame * labelled * (length - 1) * LAYER * r.cell_layers       # an epoch of a cell
     end = math.prod(r.end_crop) * labelled * length * END_TO_END * r.end_epochs
     static, store = run.path("static.pt"), frame * count * STORE
@@ -85,11 +85,11 @@ def pixels_of(run):
         "pretrain": math.prod(r.static_crop) * labelled * (r.static_epochs - trained),
         "search": (searches > 0) * store + searches * r.search_epochs * alone,
         "finetune": store + r.seeds * (cells * r.cell_epochs * alone + (cells + 1) * end),
-        "evaluate": frame * sum(frames[split] for split in run.splits[1:]) * EVALUATE * rows}
+        "evaluate": frame * sum(len(frames[split]) for split in run.splits[1:]) * EVALUATE * rows}
 
 
 def seconds_per_pixel(run):
-    """Seconds of a pixel of a pre-training step on this device, measured on two small images."""
+    """Seconds of a pixel of such a step without auxiliary losses on this device, on two small images."""
     model = run.to_device(STATICS[run.recipe.static_network](run.num_classes))
     images = torch.randn(2, 3, 192, 192, device=run.device).contiguous(memory_format=torch.channels_last)
 

@@ -227,7 +227,7 @@ def print_table(results):
         first.setdefault(title, rows)
     print("times on", "; ".join(dict.fromkeys(row["machine"] for row in results["rows"])), end="\n\n")
     widths = dict.fromkeys(row[split]["iou"], 10)                 # {class: width}
-    print_line("IoU of each class, first key frame", [name[:10] for name in widths], widths.values())
+    print_line("IoU by class, first key-frame interval", [name[:10] for name in widths], widths.values())
     for title, rows in first.items():        # the means alone
         ious = [percent([row[split]["iou"][name] for row in rows]).split()[0] for name in widths]
         print_line(title, ious, widths.values())

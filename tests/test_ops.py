@@ -218,7 +218,7 @@ def test_deform_conv2d(geometry):
 @pytest.mark.parametrize("name, shapes", {
     "offset": [(2, 36, 3, 3), (1, 36, 2, 3), (2, 35, 2, 3), (2, 48, 2, 3)],           # 48: four groups of six
     "mask": [(2, 36, 2, 3), (2, 18, 3, 2)], "bias": [(11,), (1,)],
-    "weight": [(12, 4, 3, 2), (11, 3, 3, 2)]}.items())
+    "weight": [(12, 4, 3, 2), (11, 3, 3, 2), (12, 3, 3)], "input": [(6, 5, 7)]}.items())
 def test_deform_conv2d_refuses(name, shapes):
     for shape in shapes:
         with pytest.raises(ValueError, match=rf"\b{name}\b"):

@@ -47,8 +47,8 @@ def normal_form(dataset, name):
 
 class Reader:
     """Reads the images and label maps of one split of a dataset in normal form, by one rule for all.
-    They are turned upright where their metadata ask for it: unless the first label map whose image asks for
-    it doesn't ask itself and has the size of the image as stored."""
+    They are turned upright where their metadata ask for it. The first image that asks decides: if its label
+    map does not ask and has the size of the image as stored, none is turned."""
 
     def __init__(self, dataset):
         self.dataset, self.colours, self.turn = dataset, {}, True

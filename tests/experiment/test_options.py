@@ -22,7 +22,7 @@ def parse(*words):
 
 # ---- a flag a field
 
-@pytest.mark.parametrize("line, device, schedule", [
+@pytest.mark.parametrize("line, device, schedule", [("--dataset camvid --device cpu", "cuda", "short"),
     ("--dataset synthetic", "cuda", "short"), ("--dataset camvid", "cpu", "short"),
     ("--dataset cityscapes", "mps", "paper"), ("--dataset camvid --schedule paper", "cpu", "paper")])
 def test_a_first_call_takes_the_papers_schedule_where_there_is_a_gpu(monkeypatch, line, device, schedule):
