@@ -31,13 +31,12 @@ def download_zip(url, folder, inside, verify, remedy):
         found, = pathlib.Path(own).glob(inside)
         verify(found)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        found.rename(folder)                 # fails if another command was faster
+        found.rename(folder)                 # fails if another command made it meanwhile
 
 
 @contextlib.contextmanager
 def downloading(url, path, remedy):
-    """A context: yields torch.hub's download to a path. What fails becomes an InputError of one line, unless
-    path is there by then, since another command was faster."""
+    """A context: yields torch.hub's download to a path. What fails becomes an InputError of one line."""
     print(f"downloading {url}", flush=True)
     before = socket.getdefaulttimeout()      # torch.hub sets none, and would wait forever
     socket.setdefaulttimeout(STALL_SECONDS)
@@ -45,7 +44,7 @@ def downloading(url, path, remedy):
     try:
         yield lambda *where: torch.hub.download_url_to_file(url, *where, progress=terminal)
     except Exception as error:               # servers, disks and zips raise many kinds
-        if not path.exists():
+        if not path.exists():                # else another command was faster
             raise InputError(f"{url}: cannot be downloaded ({brief(error)}); try again, or put it at {path} "
                              f"by hand, or {remedy}") from None
     finally:
