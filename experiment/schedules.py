@@ -89,7 +89,7 @@ def pixels_of(run):
 
 
 def seconds_per_pixel(run):
-    """Seconds of a pixel of such a step without auxiliary losses on this device, on two small images."""
+    """Seconds of a pixel of a pre-training step (no auxiliary losses) here, measured on two small images."""
     model = run.to_device(STATICS[run.recipe.static_network](run.num_classes))
     images = torch.randn(2, 3, 192, 192, device=run.device).contiguous(memory_format=torch.channels_last)
 
