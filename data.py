@@ -50,24 +50,25 @@ def sequences(clips, length):
     it. The frames before the last need no label; without one they have no loss. No window crosses the end
     of a clip or a long gap."""
     windows = []
-    for clip in clips:
-        gaps = long_gaps(clip)
-        for start in range(len(clip) - length + 1):
-            window = clip[start:start + length]
-            if window[-1].label is not None and not any(gaps[start:start + length - 1]):
-                windows.append(window)
+    for part in cut_at_gaps(clips):
+        for end in range(length, len(part) + 1):
+            if part[end - 1].label is not None:
+                windows.append(part[end - length:end])
     return windows
 
 
-def long_gaps(clip):
-    """For each frame of a clip but the last, whether a long gap follows: a step of the frames' numbers over
-    1.5 times the median step. [ours] clip: Frames, or paths of images."""
-    numbers = [name.number for name in read_names(getattr(frame, "image", frame) for frame in clip)]
-    if None in numbers:                      # names of your own without numbers show no gaps
-        return [False] * (len(clip) - 1)
-    steps = [after - before for before, after in zip(numbers, numbers[1:])]
-    usual = statistics.median(steps) if steps else 0
-    return [step > 1.5 * usual for step in steps]
+def cut_at_gaps(clips):
+    """Clips -> the same, cut at long gaps: at a step of the frames' numbers over 1.5 times the median step of
+    the clip. [ours] clips: lists of Frames, or of paths of images."""
+    names, parts = iter(read_names(getattr(frame, "image", frame) for clip in clips for frame in clip)), []
+    for clip in clips:
+        numbers, steps = [name.number for _, name in zip(clip, names)], []
+        if None not in numbers:              # names of your own without numbers show no gaps
+            steps = [after - before for before, after in zip(numbers, numbers[1:])]
+        usual = statistics.median(steps or [0])
+        gaps = [k for k, step in enumerate(steps, start=1) if step > 1.5 * usual]
+        parts += [clip[start:end] for start, end in zip([0, *gaps], [*gaps, len(clip)])]
+    return parts
 
 
 def meta_split(windows, share, rng):
@@ -523,8 +524,8 @@ class Frames:
         return torch.tensor(numbers, dtype=torch.long).reshape(-1, length)
 
     def clips(self):
-        """A list of frame numbers for each clip."""
-        return [[self.number[frame] for frame in clip] for clip in self.dataset.clips]
+        """A list of frame numbers for each clip, or for each part of one between long gaps."""
+        return [[self.number[frame] for frame in part] for part in cut_at_gaps(self.dataset.clips)]
 
 
 # ---- CamVid from the web ----------------------------------------------------------------------------------
@@ -596,13 +597,13 @@ def main(arguments=None):
 def describe(split, dataset):
     """Prints a split's clips, windows and classes, and the score of copying the previous frame's labels."""
     clips, counts, before = dataset.clips, np.zeros(256, np.int64), Confusion(len(dataset.classes))
-    for clip in clips:
-        labels = {frame: torch.from_numpy(dataset.read(frame)[1]) for frame in clip}
-        for label in labels.values():
+    for part in cut_at_gaps(clips):
+        labels = [torch.from_numpy(dataset.read(frame)[1]) for frame in part]
+        for label in labels:
             counts += np.bincount(label.flatten(), minlength=256)
-        for first, second in sequences([clip], 2):
-            known = labels[first] != IGNORE
-            before.update(labels[first][known], labels[second][known])
+        for first, second in zip(labels, labels[1:]):
+            known = first != IGNORE
+            before.update(first[known], second[known])
     print(f"{split}: {sum(map(len, clips))} frames in {len(clips)} clips; windows of three "
           f"{len(sequences(clips, 3))}, of two {len(sequences(clips, 2))}; "
           f"{100 * counts[IGNORE] / counts.sum():.1f} % of the pixels ignored")

@@ -457,12 +457,10 @@ def segment_clips(run, name, video, split, key_frame_every=0):
     key_frame_every-th (0: no other). The cell on the rest; without one unlabelled frames are left out."""
     video, frames = fold_batchnorm(video).to(memory_format=torch.channels_last), run.frames(split)
     progress = Progress(f"{name} on {split}", len(frames.list))
-    for clip in frames.clips():
-        gap_before, since = [True, *data.long_gaps([frames.list[k] for k in clip])], 0
-        for k, gap in zip(clip, gap_before):
-            if gap or (key_frame_every and since % key_frame_every == 0):
-                state, since = None, 0
-            since += 1
+    for clip in frames.clips():                                   # which end at a long gap
+        for since, k in enumerate(clip):
+            if since == 0 or (key_frame_every and since % key_frame_every == 0):
+                state = None
             if video.cell is None and frames.list[k].label is None:
                 continue                                          # no label, and no state to hand on
             image, label = frames[k]                              # (H, W, 3), (H, W)

@@ -36,10 +36,12 @@ def open_video(source):
         return open_folder(path)
     size, durations = read_image(path, FORMATS).shape[:2], []
     try:
-        for _, milliseconds in frames_of(path):
+        for image, milliseconds in frames_of(path):
+            if image.shape[:2] != size:      # beyond a GIF's screen
+                raise ValueError(f"height and width are {image.shape[:2]}, those of frame 0 {size}")
             durations.append(milliseconds)
     except Exception as error:               # Pillow's decoders raise many kinds
-        raise InputError(f"{path}: frame {len(durations)} cannot be decoded ({brief(error)})") from None
+        raise InputError(f"{path}: frame {len(durations)} cannot be read ({brief(error)})") from None
     count = len(durations)
     names = [path.stem] if count == 1 else [f"{path.stem}_{k:05d}" for k in range(count)]
     return Video(names, durations, size, lambda: (image for image, _ in frames_of(path)), range(count))
@@ -50,13 +52,13 @@ def frames_of(path):
     animation = Image.open(path, formats=FORMATS)
     start = int(getattr(animation, "default_image", False))       # of an APNG, where it can't be shown
     stop = 1 if animation.format == "MPO" else None               # a phone's photo with a preview
-    for frame in itertools.islice(ImageSequence.Iterator(animation), start, stop):
-        image = np.array(upright(frame).convert("RGB"))
-        yield image, frame.info.get("duration") or 100            # WebP knows it after decoding
+    for frame in map(upright, itertools.islice(ImageSequence.Iterator(animation), start, stop)):
+        frame.info.pop("transparency", None)                      # or Pillow warns that it is dropped
+        yield np.array(frame.convert("RGB")), frame.info.get("duration") or 100
 
 
 def open_folder(folder):
-    paths, others, problems, since = [], [], [], []
+    paths, others, problems = [], [], []
     for path in sorted(folder.glob("[!.]*")):             # not hidden
         (paths if path.suffix.lower() in (".png", ".jpg", ".jpeg") else others).append(path)
     for path in others:                      # a photo would be left out; a video may lie beside its frames
@@ -66,11 +68,8 @@ def open_folder(folder):
         raise InputError(*problems or [f"{folder}: holds no .png or .jpg; --input is a folder of frames"])
     if others:
         print(f"predict: {len(others)} other files of {folder} are ignored, such as {others[0].name}")
-    clips, paths = data.clips_of(paths), []
-    for clip in clips:                       # no sequence of training crosses a long gap, either
-        for path, gap in zip(clip, [True, *data.long_gaps(clip)]):
-            paths.append(path)
-            since.append(0 if gap else since[-1] + 1)
+    parts = data.cut_at_gaps(data.clips_of(paths))        # no sequence of training crosses a long gap, either
+    paths, since = sum(parts, []), [k for part in parts for k in range(len(part))]
     last = {path.stem: path for path in paths}
     problems += [f"{path}: has the name of {last[path.stem].name}, and so would its results; remove one"
                  for path in paths if last[path.stem] != path]

@@ -30,6 +30,8 @@ def numbers(windows):
 def test_windows_stay_in_a_clip_and_between_long_gaps_and_end_with_a_label():
     a, b = clip_of(0, 30, 60, 110, 140, 170), clip_of(30, 60, 90)         # the gap of 50 is over 1.5 * 30
     assert numbers(sequences([a, b], 3)) == [[0, 30, 60], [110, 140, 170], [30, 60, 90]]
+    hashes = [Frame(f"{name}.png", "label") for name in ("a_8_1234", "a_9_5678", "a_10_5679", "b_8_e4f1")]
+    assert data.cut_at_gaps([hashes[:3], hashes[3:]]) == [hashes[:3], hashes[3:]]         # of 8, 9, 10; 8
     assert numbers(sequences([clip_of(0, 30, 75)], 3)) == [[0, 30, 75]]    # usual: 37.5, so 45 is no long gap
     assert sequences([clip_of(5)], 2) == [] and len(sequences([clip_of(5)], 1)) == 1
     nameless = [Frame(name, "label") for name in "abcd"]                  # without numbers
