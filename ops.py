@@ -124,7 +124,7 @@ def factor(fine, coarse):
     """The smallest power of two f for which `coarse` pixels are what strides of 2 leave of `fine`: fine / f,
     rounded up. Raises ValueError if there is none."""
     f = 1
-    while -(-fine // f) > coarse:                         # -(-a // b) rounds up
+    while -(-fine // f) > max(1, coarse):                 # -(-a // b) rounds up
         f *= 2
     if -(-fine // f) != coarse:
         raise ValueError(f"{coarse} pixels don't become {fine} by a power of two")

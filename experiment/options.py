@@ -58,8 +58,7 @@ def parser_for(Recipe, stages, description):
             options = {"action": argparse.BooleanOptionalAction}
         elif kind is tuple:
             of, *more = typing.get_args(field.type)
-            many = "+" if field.default else "*"
-            options.update(type=of, nargs=many if ... in more else len(field.default))
+            options.update(type=of, nargs="*+"[bool(field.default)] if ... in more else len(field.default))
         elif field.name in weights.FILES:
             options = path
         fields.add_argument(flag(field.name), default=argparse.SUPPRESS, **options,
@@ -134,6 +133,8 @@ def check_flags(command):
         value = getattr(command, name, None)
         if value and not works:
             raise InputError(f"{flag(name)}: does nothing here, as it needs {what}; leave it out")
+    if min(command.key_frame_every, command.enlarge) < 0:
+        raise InputError("--key-frame-every, --enlarge: must be 0 or more")
     if predict and (useless := [*command.given.keys() - {"dataset"}]):
         raise InputError(f"{flag(useless[0])}: does nothing with --stage predict; leave it out")
     if predict and not (command.input and command.output and os.path.exists(command.input)):
@@ -168,22 +169,24 @@ def check_run(run, command):
     if "pretrain" in command.stages and not run.path("static.pt").exists():
         weights.begin(STATICS[r.static_network](run.num_classes), r, dataset.classes)     # or it raises
     data.fetch(dataset, run.root, command.data_given)
+    names = run.splits[1 if command.network else 0:]              # --network: train is not read
     try:
-        splits = data.each(run.dataset, run.splits)
+        splits = data.each(run.dataset, names)
     except InputError:                       # check the files, too, so that one message names all problems
-        data.each(run.frames, run.splits)
+        data.each(run.frames, names)
         raise
+    if command.network:                      # which is scored on the data alone: the folder is not touched
+        return
     sequences = f"--sequence-length {r.sequence_length}: such sequences of train that end with a label"
     sizes = {sequences: len(data.sequences(splits["train"].clips, r.sequence_length)),
              "--static-batch": r.static_batch, "--cell-batch": r.cell_batch}
     for what, count in sizes.items():
         if count < 2 * run.world:            # the batch norm of gap has one value per image
             raise InputError(f"{what}: {count}; each of {run.world} process(es) needs two")
-    if not command.network:                  # which is scored on the data alone: the folder is not touched
-        check_folder(run)
-        begun = {"pretrain"} if run.path("static.pt").exists() else set()
-        if lack := schedules.lacking(run, r, {*command.stages} - begun):
-            raise InputError(lack + ", or --schedule short and another --run" * (command.schedule == "paper"))
+    check_folder(run)
+    begun = {"pretrain"} if run.path("static.pt").exists() else set()
+    if lack := schedules.lacking(run, r, {*command.stages} - begun):
+        raise InputError(lack + ", or --schedule short and another --run" * (command.schedule == "paper"))
 
 
 def check_folder(run):

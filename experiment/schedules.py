@@ -49,9 +49,8 @@ DEMO = dict(
 SCHEDULES = {
     ("camvid", "short"): SHORT,
     ("camvid", "smoke"): SMOKE,
-    ("cityscapes", "short"): dict(
-        SHORT, class_weights=0, sequence_length=2, input_longer_side=1024, input_crop=512, cell_layers=4,
-        key_frames=(0,)),
+    ("cityscapes", "short"): dict(SHORT, class_weights=0, sequence_length=2, input_longer_side=1024,
+                                  input_crop=512, cell_layers=4, key_frames=(0,)),
     ("cityscapes", "smoke"): dict(SMOKE, sequence_length=2, input_longer_side=1024, input_crop=512),
     ("synthetic", "paper"): dict(
         encoder_weights="none", static_crop=(96, 128), input_pad=0, end_crop=(96, 128)),

@@ -250,10 +250,10 @@ def test_maps_of_any_size_lie_where_they_belong():
             close(up, expected * 2 ** fine)               # in pixels of the map at 1/1
 
 
-@pytest.mark.parametrize("size", [(4, 6), (9, 5), (4, 4), (3, 10)])
-def test_a_size_that_no_strides_connect_is_refused(size):
+@pytest.mark.parametrize("rows, size", [(4, (4, 6)), (4, (9, 5)), (4, (4, 4)), (4, (3, 10)), (0, (4, 5))])
+def test_a_size_that_no_strides_connect_is_refused(rows, size):
     with pytest.raises(ValueError, match="power of two"):
-        ops.resize(torch.zeros(1, 1, 4, 5), size)
+        ops.resize(torch.zeros(1, 1, rows, 5), size)
 
 
 # ---- the tables ----------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ PAPER = {*(f"Sect. {n}" for n in ("1", "3", "3.1", "3.2", "3.3", "4", "4.1", "4.
          *(f"Table {n}" for n in range(1, 6)), *(f"Fig. {n}" for n in range(1, 8))}
 
 # The statement, where the paper has it, the files that must cite it, and how one recognises it there.
-STATEMENTS = [
-    ("arch2 is the static network", "Sect. 3.1", "dyncell.py", r"arch2 of \[18\]"),
+STATEMENTS = [("arch2 is the static network", "Sect. 3.1", "dyncell.py", r"arch2 of \[18\]"),
     ("five inputs of a cell", "Sect. 3.1", "dyncell.py", r"the pool at first|five inputs"),
     ("a cell's dec goes into the next frame's cell", "Sect. 3.1", "train.py", r"recurrence"),
     ("a string of tokens", "Sect. 3.2", "dyncell.py controller.py", r"string of (five|5L) tokens"),

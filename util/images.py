@@ -18,6 +18,7 @@ def open_image(path, formats=FORMATS):
     try:
         image = Image.open(path, formats=formats)
         image.load()
+        image.info.pop("transparency", None)                      # or Pillow warns that it is dropped
         return image
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
         if kind := other_kind(path):
@@ -40,10 +41,10 @@ def other_kind(path):
 
 
 def upright(image):
-    """A Pillow image -> the same, turned as its metadata (EXIF) say, unless they are broken."""
+    """A Pillow image -> a copy, turned as its metadata (EXIF) say, unless they are broken."""
     with contextlib.suppress(Exception):
         return ImageOps.exif_transpose(image)
-    return image
+    return image.copy()
 
 
 def read_image(path, formats=FORMATS, turn=True):

@@ -39,8 +39,7 @@ class Progress:
         """Prints a line in place of the line of progress."""
         if self.tty and not end:             # a line that wraps could not be rewritten
             text = text[:shutil.get_terminal_size().columns - 1]
-        start = "\r\033[K" if self.tty else ""
-        print(start + text.rstrip(), end=end, flush=hasattr(sys.stdout, "flush"))
+        print("\r\033[K" * self.tty + text.rstrip(), end=end, flush=hasattr(sys.stdout, "flush"))
 
 
 def duration(seconds):

@@ -78,8 +78,7 @@ def test_the_tilde_is_the_home_folder_behind_an_equals_sign_too(tmp_path, monkey
     assert command.recipe.encoder_weights == str(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("change, kept, lost", [
-    ("--static-batch 4", [], ["static.pt"]),
+@pytest.mark.parametrize("change, kept, lost", [("--static-batch 4", [], ["static.pt"]),
     ("--search-epochs 2", ["recipe.json", "static.pt"], ["search.jsonl", "cell-0-alone.pt"]),
     ("--end-epochs 3", ["static.pt", "search.jsonl", "cell-0-alone.pt"], ["cell-0.pt", "results.json"])])
 def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_command(
@@ -113,7 +112,7 @@ def test_a_change_that_cannot_be_continued_names_both_values_and_the_copy_comman
     ("--stage evaluate --network x.pt --cell concat", "--cell"), ("--save-confidence", "--stage predict"),
     ("--stage evaluate --network x.pt --input-pad 9", "--input-pad"), ("--stage predict", "needs both"),
     ("--stage evaluate --enlarge 9", "--network"), ("--stage predict --input x --output y --data z", "data"),
-])
+    ("--stage predict --key-frame-every -1", "0 or more"), ("--stage predict --enlarge -1", "0 or more")])
 def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_made(tmp_path, small, line, said):
     with pytest.raises(InputError) as error:
         train.main([*line.split(), "--run", str(tmp_path / "run")])

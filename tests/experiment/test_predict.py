@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from PIL import GifImagePlugin, Image, ImageSequence
 from whole_run import as_script, content_of, run_predict, small, smoke
 
 import data
@@ -166,12 +166,16 @@ def test_what_is_wrong_with_frames_is_said_at_once_before_the_work(smoke, frames
                  "000_0002.png: cannot be read", "000_0003.png: 48 x 64, most others 64 x 48"):
         assert re.search(said, str(told.value))
     assert not (tmp_path / "out").exists()
+    gif = [picture(k, (8 + k, 6 + k)).convert("P") for k in range(2)]     # the second beyond the screen
+    parts = *GifImagePlugin.getheader(gif[0])[0], *map(b"".join, map(GifImagePlugin.getdata, gif)), b";"
+    first.write_bytes(b"".join(parts))
+    with pytest.raises(InputError, match=r"frame 1 cannot be read .*\(7, 9\), .* \(6, 8\)"):
+        predict.open_video(first)
 
 
 # ---- which network
 
-@pytest.mark.parametrize("arguments, said", [
-    ("--output new", "--run, --network: .*--network camvid"),
+@pytest.mark.parametrize("arguments, said", [("--output new", "--run, --network: .*--network camvid"),
     ("--output new --run SMOKE --network NOSUCH", "NOSUCH.pt: no such file; .* has baseline, .*static"),
     ("--output new --run SMOKE --network cell-0 --cell warp", "--cell: .*--network"),
     ("--output new --run SMOKE --static-epochs 77", "--static-epochs: does nothing"),

@@ -184,9 +184,9 @@ def test_what_was_not_measured_is_no_zero_and_the_end_names_machines_and_rewards
 
 
 def test_a_checkpoint_alone_reproduces_its_row_and_leaves_no_file(smoke, small, tmp_path, capsys):
-    """On the data, in a folder without trainings, and without the encoder's weights."""
-    flags = ["--dataset", "synthetic", "--schedule", "smoke", "--key-frames", "0", "3", "--encoder-weights",
-             "nowhere", "--run", str(tmp_path), "--stage", "evaluate", "--network"]
+    """On the data, in a folder without trainings, without the encoder's weights, and train is not read."""
+    flags = [*"--dataset synthetic --schedule smoke --key-frames 0 3 --encoder-weights nowhere".split(),
+             "--sequence-length", "9", "--run", str(tmp_path), "--stage", "evaluate", "--network"]
     intervals = {0: "first only", 1: "every", 3: "every 3"}
     for name in ("cell-0", "static"):
         train.main([*flags, str(smoke / f"{name}.pt")])

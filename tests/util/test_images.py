@@ -29,14 +29,15 @@ def test_an_image_is_turned_as_its_metadata_says(orientation, corner):
     assert images.read_image(io.BytesIO(content), turn=False)[0, 0].min() > 250
 
 
-def test_grey_palette_and_rgba_images_are_read():
+def test_grey_palette_and_rgba_images_are_read(recwarn):
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
     palette = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5), "P")
     palette.putpalette(rgb.tobytes())
+    palette.info["transparency"] = bytes(range(20))
     grey = Image.fromarray(rgb).convert("L")
     for image, expected in ((grey, np.array(grey)[..., None]), (palette, rgb),
                             (Image.fromarray(np.dstack([rgb, np.full((4, 5), 7, np.uint8)])), rgb)):
-        assert (images.read_image(io.BytesIO(saved(image, "PNG"))) == expected).all()
+        assert (images.read_image(io.BytesIO(saved(image, "PNG"))) == expected).all() and not recwarn.list
 
 
 def right_checksums(content):
