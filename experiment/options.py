@@ -58,7 +58,8 @@ def parser_for(Recipe, stages, description):
             options = {"action": argparse.BooleanOptionalAction}
         elif kind is tuple:
             of, *more = typing.get_args(field.type)
-            options.update(type=of, nargs="*+"[bool(field.default)] if ... in more else len(field.default))
+            many = "+" if field.default else "*"
+            options.update(type=of, nargs=many if ... in more else len(field.default))
         elif field.name in weights.FILES:
             options = path
         fields.add_argument(flag(field.name), default=argparse.SUPPRESS, **options,

@@ -42,9 +42,8 @@ def open_video(source):
             durations.append(milliseconds)
     except Exception as error:               # Pillow's decoders raise many kinds
         raise InputError(f"{path}: frame {len(durations)} cannot be read ({brief(error)})") from None
-    count = len(durations)
-    names = [path.stem] if count == 1 else [f"{path.stem}_{k:05d}" for k in range(count)]
-    return Video(names, durations, size, lambda: (image for image, _ in frames_of(path)), range(count))
+    names = [path.stem] if len(durations) == 1 else [f"{path.stem}_{k:05d}" for k in range(len(durations))]
+    return Video(names, durations, size, lambda: (image for image, _ in frames_of(path)), range(len(names)))
 
 
 def frames_of(path):
@@ -53,7 +52,6 @@ def frames_of(path):
     start = int(getattr(animation, "default_image", False))       # of an APNG, where it can't be shown
     stop = 1 if animation.format == "MPO" else None               # a phone's photo with a preview
     for frame in map(upright, itertools.islice(ImageSequence.Iterator(animation), start, stop)):
-        frame.info.pop("transparency", None)                      # or Pillow warns that it is dropped
         yield np.array(frame.convert("RGB")), frame.info.get("duration") or 100
 
 

@@ -13,7 +13,7 @@ class InputError(ValueError):
     def __str__(self):
         if len(self.args) == 1:
             return str(self.args[0])
-        first = ", the first ten" * (len(self.args) > 10)
+        first = ", the first ten" if len(self.args) > 10 else ""
         return "\n  ".join([f"{len(self.args)} problems{first}:", *self.args[:10]])
 
 
@@ -32,7 +32,7 @@ def each(function, splits):
 
 def run_main(main):
     """Runs a script's main(). What the user can remove (InputError, a read-only folder, a full disk) ends it
-    with one line and status 2, Ctrl-C and SIGTERM with one line. stdout may be None, or any with write()."""
+    with one line and status 2, Ctrl-C and SIGTERM with one line. stdout: anything with write(), or None."""
     def stop(signum, _):
         print("\nstopped", file=sys.stderr)
         sys.exit(128 + signum)

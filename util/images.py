@@ -18,7 +18,6 @@ def open_image(path, formats=FORMATS):
     try:
         image = Image.open(path, formats=formats)
         image.load()
-        image.info.pop("transparency", None)                      # or Pillow warns that it is dropped
         return image
     except Exception as error:               # Pillow's decoders raise many kinds on a broken file
         if kind := other_kind(path):
@@ -40,11 +39,13 @@ def other_kind(path):
             return f"a video; extract its frames (mkdir frames; ffmpeg -i {quote(str(path))} frames/%06d.png)"
 
 
-def upright(image):
-    """A Pillow image -> a copy, turned as its metadata (EXIF) say, unless they are broken."""
+def upright(image, turn=True):
+    """A copy of a Pillow image, turned as its metadata (EXIF) say, unless broken or turn is False."""
+    image = image.copy()
+    image.info.pop("transparency", None)     # of a palette; Pillow would warn that RGB has none
     with contextlib.suppress(Exception):
-        return ImageOps.exif_transpose(image)
-    return image.copy()
+        return ImageOps.exif_transpose(image) if turn else image
+    return image
 
 
 def read_image(path, formats=FORMATS, turn=True):
@@ -53,7 +54,7 @@ def read_image(path, formats=FORMATS, turn=True):
     image = open_image(path, formats)
     if image.mode[0] in "IF":                # convert() would cut their values off at 255
         raise InputError(f"{path}: pixels of mode {image.mode} (16 bit or float); convert it to 8-bit RGB")
-    return np.array((upright(image) if turn else image).convert("RGB"))
+    return np.array(upright(image, turn).convert("RGB"))
 
 
 def read_all(read, frames, keep=True, problems=(), show=lambda done, total: None):

@@ -104,6 +104,6 @@ def read_values(path, turn=True):
     if image.format != "PNG" or image.mode not in ("L", "P") or image.mode == "L" and bits < 8:
         raise InputError(f"{path}: is a {image.format} of mode {image.mode}, {bits} bits; save label maps as "
                          "PNG, grey or indexed, with 8-bit class numbers")
-    values, palette = np.array(upright(image) if turn else image), image.getpalette("RGB") or []
+    values, palette = np.array(upright(image, turn)), image.getpalette("RGB") or []
     there = [value for value in np.unique(values).tolist() if 3 * value < len(palette)]
     return values, {value: tuple(palette[3 * value:3 * value + 3]) for value in there}
